@@ -1,0 +1,175 @@
+"""Orbax checkpoints: `params`, `train_state` and `data_iter` as separate items of every step.
+
+The newest few are kept to resume from, and the best by validation tau besides. A step is written
+under a temporary name and renamed when complete, so a kill at any moment leaves the ones before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+import grain
+import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from deevisum_jax import optim
+from deevisum_jax.config import CheckpointConfig
+from deevisum_jax.errors import UserError
+from deevisum_jax.optim import Params
+from deevisum_jax.train_step import TrainState
+
+BEST_METRIC = "tau"
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `workdir/checkpoints`."""
+
+    def __init__(self, folder: pathlib.Path, config: CheckpointConfig | None = None) -> None:
+        """Opens (and, when `config` is given, creates) the folder.
+
+        Raises:
+          UserError: reading was asked for, and the folder is not there.
+        """
+        self._folder = folder.absolute()
+        if config is None and not self._folder.is_dir():
+            raise UserError(
+                f"{folder} does not exist; give the workdir of a run that saved checkpoints"
+            )
+        policy = None
+        if config is not None:
+            policy = preservation_policy.AnyPreservationPolicy(
+                [
+                    preservation_policy.LatestN(config.keep),
+                    preservation_policy.BestN(
+                        get_metric_fn=lambda metrics: metrics[BEST_METRIC],
+                        n=1,
+                        keep_checkpoints_without_metrics=False,
+                    ),
+                ]
+            )
+        self._manager = ocp.CheckpointManager(
+            self._folder,
+            item_names=("params", "train_state", "data_iter"),
+            # Named here for `item_metadata`, which `_check` reads before anything is restored.
+            item_handlers={
+                "params": ocp.StandardCheckpointHandler(),
+                "train_state": ocp.StandardCheckpointHandler(),
+                "data_iter": grain.checkpoint.CheckpointHandler(),
+            },
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policy,
+                best_fn=lambda metrics: metrics[BEST_METRIC],
+                create=config is not None,
+                read_only=config is None,
+            ),
+        )
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.close()  # waits for what is being written
+
+    @property
+    def latest_step(self) -> int | None:
+        """Newest complete step, or None."""
+        return self._manager.latest_step()
+
+    @property
+    def best_step(self) -> int:
+        """Complete step with the highest validation tau; without any metrics, the newest.
+
+        Raises:
+          UserError: there is no complete step.
+        """
+        steps = self._manager.all_steps()
+        if not steps:
+            raise UserError(f"{self._folder} holds no complete checkpoint; train first")
+        if not any(self._manager.metrics(step) for step in steps):
+            return max(steps)
+        return self._manager.best_step()
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        data_iter: grain.DatasetIterator,
+        metrics: dict[str, float] | None,
+    ) -> None:
+        """Starts writing; returns as soon as the arrays are copied to the host."""
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(optim.merge(state.params, state.frozen)),
+                train_state=ocp.args.StandardSave(
+                    {"opt_state": state.opt_state, "step": state.step}
+                ),
+                data_iter=grain.checkpoint.CheckpointSave(data_iter),
+            ),
+            metrics=metrics,
+        )
+
+    def restore_params(self, step: int, abstract: Params) -> Params:
+        """The parameters alone, onto the shapes, dtypes and shardings of `abstract`.
+
+        Raises:
+          UserError: the step holds parameters of another architecture; names what differs.
+        """
+        self._check(step, abstract)
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
+        )
+        return restored["params"]
+
+    def restore(
+        self, step: int, abstract: TrainState, data_iter: grain.DatasetIterator
+    ) -> TrainState:
+        """A whole training state; `data_iter` is moved to where it stood.
+
+        Args:
+          step: one of the complete steps.
+          abstract: shapes, dtypes and shardings of the state.
+          data_iter: an iterator over the same data, built the same way.
+
+        Raises:
+          UserError: as `restore_params`.
+        """
+        params = optim.merge(abstract.params, abstract.frozen)
+        self._check(step, params)
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(params),
+                train_state=ocp.args.StandardRestore(
+                    {"opt_state": abstract.opt_state, "step": abstract.step}
+                ),
+                data_iter=grain.checkpoint.CheckpointRestore(data_iter),
+            ),
+        )
+        merged = flatten_dict(restored["params"])
+        return dataclasses.replace(
+            abstract,
+            **restored["train_state"],
+            params=unflatten_dict({path: merged[path] for path in flatten_dict(abstract.params)}),
+            frozen=unflatten_dict({path: merged[path] for path in flatten_dict(abstract.frozen)}),
+        )
+
+    def _check(self, step: int, abstract: Params) -> None:
+        """Compares names and shapes before any array is read."""
+        stored = flatten_dict(self._manager.item_metadata(step)["params"].tree, sep="/")
+        stored = {path: tuple(leaf.shape) for path, leaf in stored.items()}
+        wanted = {path: leaf.shape for path, leaf in flatten_dict(abstract, sep="/").items()}
+        differing = [
+            f"{path}: {stored.get(path, 'absent')} in the checkpoint, "
+            f"{wanted.get(path, 'absent')} in the model"
+            for path in sorted(stored.keys() | wanted.keys())
+            if stored.get(path) != wanted.get(path)
+        ]
+        if differing:
+            shown = "\n  ".join(differing[:5] + ["..."] * (len(differing) > 5))
+            raise UserError(
+                f"{self._folder} holds a model of another architecture ({len(differing)} of "
+                f"{len(wanted)} parameters differ); use the config it was trained with:\n  {shown}"
+            )

@@ -1,0 +1,317 @@
+"""What an experiment is made of: frozen, typed, checked at the door.
+
+`configs/*.py` return an `ml_collections.ConfigDict`, which command lines can override
+(`--config.optim.learning_rate=1e-4`); `from_config_dict` turns it into the dataclasses below. A
+field that no dataclass has, or one left unset, is an error that names it.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+import pathlib
+import runpy
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_collections
+
+from deevisum_jax.errors import UserError, closest
+from deevisum_jax.files import write_whole
+
+FROM_SCRATCH = "from_scratch"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which videos, cut how, with which words."""
+
+    dataset: str  # builder/config, such as "synthetic/quickstart"
+    data_dir: str = "~/tensorflow_datasets"  # where built data sets live
+    tokenizer: str = ""  # path of paligemma_tokenizer.model; "" trains one on the data set's text
+    vocab_size: int = 1024  # text pieces at most, when the tokenizer is trained
+    template: str = "deevisum"  # a prompt template's name or path
+    text_len: int = 64  # T, tokens of text per segment
+    num_frames: int = 2  # I, pictures per segment
+    segment_s: float = 2.0  # seconds per segment
+    label_fraction: float = 0.25  # share of a video's segments labelled as summary
+    left_out: tuple[str, ...] = ()  # of picture, text, sound: withheld in training and evaluation
+    cache_mib: int = 1024  # memory for stored pictures and prompts
+    num_threads: int = 2  # threads that decode
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which PaliGemma 2, with which exits."""
+
+    variant: str  # see deevisum_jax.models.paligemma2.VARIANTS
+    exit_layers: tuple[int, ...]  # layers after which an exit head sits, increasing, last = depth
+    dtype: str = "float32"  # compute; "bfloat16" on TPU
+    param_dtype: str = "float32"  # storage
+    remat_policy: str | None = "nothing_saveable"  # jax.checkpoint_policies, None keeps everything
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Weights of the parts of the loss."""
+
+    token: float = 1.0  # cross-entropy of the label word
+    class_: float = 1.0  # cross-entropy of the exits' summary heads, weighted over exits
+    score: float = 1.0  # cross-entropy of the exits' importance scores
+    exit_weights: tuple[float, ...] | None = None  # one per exit, normalised; None = its depth
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW with warm-up and cosine."""
+
+    learning_rate: float  # peak
+    warmup_steps: int = 0
+    end_fraction: float = 0.0  # of the peak, where the cosine ends
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    clip_norm: float | None = 1.0  # global gradient norm
+    accumulate_steps: int = 1  # microbatches per update; divides batch_size
+    frozen: tuple[str, ...] = ()  # regexes over parameter paths, such as "img/.*"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices per mesh axis; one of them may be -1 for what is left."""
+
+    data: int = 1  # replicas
+    fsdp: int = -1  # parameter shards; the batch is split over data and fsdp
+    tensor: int = 1  # tensor parallel
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What is kept while training."""
+
+    every_steps: int = 1000  # saved, and resumed from, at this pace
+    keep: int = 2  # newest checkpoints kept; the best by validation tau is kept besides
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """How often, on what, by which protocol."""
+
+    every_steps: int = 1000  # validation pace; its tau chooses the best checkpoint
+    batch_size: int = 64  # global
+    validation_split: str = "validation"
+    test_split: str = "test"
+    budget: float = 0.15  # share of the video in a summary
+    f1: str = "avg"  # over annotators: avg (TVSum) or max (SumMe)
+    exit_threshold: float = 0.9  # leave at the first exit at least this sure of the class
+    ablate_inputs: bool = True  # also evaluate the test split without picture, text and sound
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """One experiment."""
+
+    initialization: str  # "from_scratch", or the folder of a run of ours to start from
+    seed: int
+    total_steps: int
+    batch_size: int  # global
+    log_every: int = 50  # steps
+    data: DataConfig
+    model: ModelConfig
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+
+    def __post_init__(self) -> None:
+        _positive("total_steps", self.total_steps)
+        _positive("batch_size", self.batch_size)
+        _positive("log_every", self.log_every)
+        _positive("checkpoint.every_steps", self.checkpoint.every_steps)
+        _positive("checkpoint.keep", self.checkpoint.keep)
+        _positive("eval.every_steps", self.eval.every_steps)
+        _positive("eval.batch_size", self.eval.batch_size)
+        _positive("data.num_frames", self.data.num_frames)
+        _positive("data.segment_s", self.data.segment_s)
+        _fraction("data.label_fraction", self.data.label_fraction)
+        _fraction("eval.budget", self.eval.budget)
+        _positive("data.num_threads", self.data.num_threads)
+        _positive("optim.learning_rate", self.optim.learning_rate)
+        _positive("optim.accumulate_steps", self.optim.accumulate_steps)
+        if self.optim.clip_norm is not None:
+            _positive("optim.clip_norm", self.optim.clip_norm)
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed={self.seed} is not within [0, 2**32)")
+        if not 0 <= self.optim.warmup_steps < self.total_steps:
+            raise UserError(
+                f"optim.warmup_steps={self.optim.warmup_steps} is not at least 0 and below "
+                f"total_steps={self.total_steps}; shorten the warm-up"
+            )
+        if self.batch_size % self.optim.accumulate_steps:
+            raise UserError(
+                f"batch_size={self.batch_size} is not divisible by optim.accumulate_steps="
+                f"{self.optim.accumulate_steps}; use a divisor"
+            )
+        if not self.model.exit_layers:
+            raise UserError("model.exit_layers is empty; name at least the depth of the model")
+        weights = self.loss.exit_weights
+        if weights is not None and (
+            len(weights) != len(self.model.exit_layers) or min(weights) < 0 or sum(weights) <= 0
+        ):
+            raise UserError(
+                f"loss.exit_weights={weights} must be one weight of at least 0 for each of "
+                f"model.exit_layers={self.model.exit_layers}, not all 0"
+            )
+        if not 0.5 <= self.eval.exit_threshold <= 1:
+            raise UserError(
+                f"eval.exit_threshold={self.eval.exit_threshold} is not within [0.5, 1]: it is the "
+                "probability of the likelier of two classes"
+            )
+        if "train" in (self.eval.validation_split, self.eval.test_split):
+            raise UserError(
+                "eval.validation_split and eval.test_split must not be the split trained on, "
+                "'train'; choose another"
+            )
+        if self.eval.f1 not in ("avg", "max"):
+            raise UserError(f"eval.f1={self.eval.f1!r}; {closest(self.eval.f1, ('avg', 'max'))}")
+
+
+def from_config_dict(values: ml_collections.ConfigDict) -> Config:
+    """The checked `Config` of a `configs/*.py` file.
+
+    Raises:
+      UserError: a field that does not exist (names the closest), is missing or has a wrong type.
+    """
+    return _build(Config, values.to_dict(), "")
+
+
+def from_file(path: str, overrides: Sequence[str] = ()) -> Config:
+    """The config that `get_config()` of a Python file returns, with overrides applied.
+
+    Args:
+      path: a file such as `configs/quickstart.py`.
+      overrides: `field.of.group=value`, values as Python literals (`1e-4`, `(2, 4)`, `None`) or
+        else plain text. (`ml_collections.config_flags` would read `sys.argv` behind our back.)
+
+    Raises:
+      UserError: the file cannot be run, or as `from_config_dict`.
+    """
+    if not pathlib.Path(path).is_file():
+        raise UserError(f"config file {path} does not exist; the ones at hand are in configs/")
+    try:
+        values = runpy.run_path(path)["get_config"]().to_dict()
+    except Exception as error:  # whatever the user's file does wrong
+        raise UserError(
+            f"config file {path} gives no config: {type(error).__name__}: {error}; it must define "
+            "get_config() that returns an ml_collections.ConfigDict"
+        ) from error
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        if not equals:
+            raise UserError(f"override {override!r} has no value; write --config.{name}=VALUE")
+        *groups, leaf = name.split(".")
+        group = values
+        for part in groups:
+            group = group.setdefault(part, {})
+            if not isinstance(group, dict):
+                raise UserError(f"config field {name} does not exist: {part} is no group of fields")
+        group[leaf] = _literal(text)
+    return from_config_dict(ml_collections.ConfigDict(values))
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def save(config: Config, path: pathlib.Path) -> None:
+    """Writes `config` as JSON."""
+    write_whole(path, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+
+
+def load(path: pathlib.Path) -> Config:
+    """The `Config` that `save` wrote.
+
+    Raises:
+      UserError: the file is missing or is no config of this version.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} is not the config of a run ({error}); give the workdir of a finished run"
+        ) from None
+    return _build(Config, values, "")
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Dotted fields in which two configs differ, as `name: old -> new`."""
+    olds, news = _flatten(dataclasses.asdict(old)), _flatten(dataclasses.asdict(new))
+    return [
+        f"{name}: {olds[name]!r} -> {news[name]!r}" for name in olds if olds[name] != news[name]
+    ]
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in tree.items():
+        flat |= (
+            _flatten(value, f"{prefix}{name}.")
+            if isinstance(value, dict)
+            else {prefix + name: value}
+        )
+    return flat
+
+
+def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for name in values:
+        if name not in fields:
+            raise UserError(f"config field {prefix}{name} does not exist; {closest(name, fields)}")
+    required = [
+        prefix + name
+        for name, field in fields.items()
+        if field.default is dataclasses.MISSING and name not in values
+    ]
+    if required:
+        raise UserError(f"the config leaves out {', '.join(required)}; set every one")
+    return cls(
+        **{name: _convert(hints[name], value, prefix + name) for name, value in values.items()}
+    )
+
+
+def _convert(hint: Any, value: Any, name: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise UserError(f"config field {name}={value!r} must be a group of fields")
+        return _build(hint, value, f"{name}.")
+    if isinstance(hint, types.UnionType):
+        if value is None:
+            return None
+        (hint,) = (option for option in typing.get_args(hint) if option is not types.NoneType)
+    if typing.get_origin(hint) is tuple and isinstance(value, list | tuple):
+        item = typing.get_args(hint)[0]
+        return tuple(_convert(item, part, f"{name}[{i}]") for i, part in enumerate(value))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(hint, type) or type(value) is not hint:
+        wanted = getattr(hint, "__name__", str(hint))
+        raise UserError(f"config field {name}={value!r} must be of type {wanted}")
+    return value
+
+
+def _positive(name: str, value: float) -> None:
+    if value <= 0:
+        raise UserError(f"{name}={value} must be above 0")
+
+
+def _fraction(name: str, value: float) -> None:
+    if not 0 < value <= 1:
+        raise UserError(f"{name}={value} must be above 0 and at most 1")

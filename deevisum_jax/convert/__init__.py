@@ -1,0 +1,1 @@
+"""Weights of other projects, mapped tensor by tensor and reported."""

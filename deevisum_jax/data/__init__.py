@@ -1,0 +1,1 @@
+"""Video decoding, text and the Grain pipelines: everything before the model."""

@@ -1,0 +1,239 @@
+"""Grain pipelines from video records to batches of segments.
+
+A `SegmentSource` is a random-access list of all segments of all videos. Grain shuffles it by seed,
+shards it by process, batches it and gives an iterator whose position can be saved and restored.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from deevisum_jax.data import audio
+from deevisum_jax.data.prompts import LABEL_WORDS, PromptTemplate
+from deevisum_jax.data.segments import SegmentEncoder, Video, segment_bounds
+from deevisum_jax.data.subtitles import Cue
+from deevisum_jax.errors import UserError
+
+Record = Mapping[str, Any]
+
+
+def video_from_record(record: Record) -> Video:
+    """The `Video` of a stored record (its fields: docs/ARCHITECTURE.md, "A video record")."""
+    waveform = np.asarray(record["audio"])
+    return Video(
+        title=record["title"],
+        duration_s=float(record["duration_s"]),
+        frames=record["frames"],
+        frame_times=np.asarray(record["frame_times"]),
+        cues=[Cue(line["start"], line["end"], line["text"]) for line in record["transcript"]],
+        waveform=waveform.astype(np.float32) / 32768.0 if waveform.size else None,
+    )
+
+
+def texts(records: Iterable[Record], template: PromptTemplate) -> Iterator[str]:
+    """Every text of the records and of the prompts around it, for training a tokenizer."""
+    yield template.fill(title="", transcript="", sound="")
+    yield from audio.DESCRIPTION_WORDS
+    yield from LABEL_WORDS
+    for record in records:
+        yield record["title"]
+        for line in (*record["transcript"], *record["captions"]):
+            yield line["text"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Targets:
+    """What the annotators make of every segment of one video."""
+
+    label: np.ndarray  # int32[M], 1 = among the best `label_fraction` of the video's segments
+    score: np.ndarray  # float32[M], mean annotation scaled to [0, 1] within the video
+
+
+def targets_of(record: Record, bounds: np.ndarray, label_fraction: float) -> Targets:
+    """Mean annotation per segment, scaled to [0, 1] as the field's `gtscore`, and its best part.
+
+    Args:
+      record: a video record with `user_scores float[U, N]` at `score_times float[N]`.
+      bounds: `float[M, 2]` segments in seconds.
+      label_fraction: share of the segments whose label is 1, at least one segment.
+    """
+    mean = np.asarray(record["user_scores"], np.float64).mean(axis=0)
+    times = np.asarray(record["score_times"])
+    centre = bounds.mean(axis=1)
+    inside = (times >= bounds[:, :1]) & (times < bounds[:, 1:])
+    nearest = np.abs(times[None] - centre[:, None]).argmin(axis=1)
+    score = np.where(
+        inside.any(axis=1), inside @ mean / np.maximum(inside.sum(axis=1), 1), mean[nearest]
+    )
+    label = np.zeros(len(bounds), np.int32)
+    label[np.argsort(-score, kind="stable")[: max(1, round(label_fraction * len(bounds)))]] = 1
+    spread = np.ptp(score)
+    scaled = (score - score.min()) / spread if spread else np.full_like(score, 0.5)
+    return Targets(label, scaled.astype(np.float32))
+
+
+class SegmentSource:
+    """All segments of all records, in order, each as the unbatched fields of a `Batch`.
+
+    Annotations and segment borders of every video are kept; stored pictures and prompts of the
+    most recently used ones, up to `cache_mib`. Safe to read from several threads.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        encoder: SegmentEncoder,
+        *,
+        segment_s: float,
+        label_fraction: float,
+        cache_mib: int = 1024,
+    ) -> None:
+        if not len(records):
+            raise UserError("the data set split holds no videos; choose another split or build it")
+        self._records, self._encoder = records, encoder
+        self._cache_bytes = cache_mib * 2**20
+        self._cache: collections.OrderedDict[int, _CachedVideo] = collections.OrderedDict()
+        self._cached_bytes = 0
+        self._lock = threading.Lock()
+        self.bounds: list[np.ndarray] = []
+        self._targets: list[Targets] = []
+        for record in records:
+            bounds = segment_bounds(float(record["duration_s"]), segment_s)
+            self.bounds.append(bounds)
+            self._targets.append(targets_of(record, bounds, label_fraction))
+        self._first = np.cumsum([0] + [len(bounds) for bounds in self.bounds])
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        row = int(np.searchsorted(self._first, index, side="right")) - 1
+        segment = int(index - self._first[row])
+        start_s, end_s = self.bounds[row][segment]
+        targets = self._targets[row]
+        label = int(targets.label[segment])
+        cached = self._video(row)
+        if segment not in cached.text:  # two threads may both do it; the result is the same
+            cached.text[segment] = self._encoder.text(cached.video, start_s, end_s, label=label)
+        return {
+            "frames": self._encoder.frames(cached.video, start_s, end_s),
+            **cached.text[segment],
+            "label": np.int32(label),
+            "score": targets.score[segment],
+            "video_id": np.int32(row),
+            "segment": np.int32(segment),
+            "valid": np.True_,
+        }
+
+    def _video(self, row: int) -> _CachedVideo:
+        with self._lock:
+            if row in self._cache:
+                self._cache.move_to_end(row)
+                return self._cache[row]
+        cached = _CachedVideo(video_from_record(self._records[row]))
+        with self._lock:
+            if row not in self._cache:
+                self._cache[row] = cached
+                self._cached_bytes += cached.num_bytes
+            while self._cached_bytes > self._cache_bytes and len(self._cache) > 1:
+                self._cached_bytes -= self._cache.popitem(last=False)[1].num_bytes
+        return cached
+
+
+class VideoSegments(Sequence):
+    """The segments of one video that nobody annotated, as the unbatched fields of a `Batch`."""
+
+    def __init__(self, video: Video, bounds: np.ndarray, encoder: SegmentEncoder) -> None:
+        self._video, self._bounds, self._encoder = video, bounds, encoder
+
+    def __len__(self) -> int:
+        return len(self._bounds)
+
+    def __getitem__(self, segment: int) -> dict[str, np.ndarray]:
+        start_s, end_s = self._bounds[segment]
+        return {
+            "frames": self._encoder.frames(self._video, start_s, end_s),
+            # The scores are read in front of the label, which is any.
+            **self._encoder.text(self._video, start_s, end_s, label=0),
+            "label": np.int32(0),
+            "score": np.float32(0),
+            "video_id": np.int32(0),
+            "segment": np.int32(segment),
+            "valid": np.True_,
+        }
+
+
+class _CachedVideo:
+    def __init__(self, video: Video) -> None:
+        self.video = video
+        self.text: dict[int, dict[str, np.ndarray]] = {}
+        sound_bytes = 0 if video.waveform is None else video.waveform.nbytes
+        self.num_bytes = sum(len(frame) for frame in video.frames) + sound_bytes
+
+
+def train_iterator(
+    source: SegmentSource,
+    *,
+    batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_threads: int = 2,
+) -> grain.DatasetIterator:
+    """Endless shuffled batches of this process's share, as dicts of the fields of a `Batch`.
+
+    Args:
+      source: the segments.
+      batch_size: global batch size, over all processes.
+      seed: fixes the order; every epoch has its own.
+      process_index: this process.
+      process_count: number of processes; divides `batch_size`.
+      num_threads: threads that decode.
+
+    Raises:
+      UserError: the batch is larger than the data or not divisible by the processes.
+    """
+    if batch_size % process_count:
+        raise UserError(
+            f"batch_size={batch_size} is not divisible by the {process_count} processes; "
+            f"use a multiple of {process_count}"
+        )
+    if batch_size > len(source):
+        raise UserError(
+            f"batch_size={batch_size} exceeds the {len(source)} segments of the training split; "
+            "lower batch_size"
+        )
+    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+    dataset = dataset[process_index::process_count].batch(
+        batch_size // process_count, drop_remainder=True
+    )
+    return iter(
+        dataset.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=8))
+    )
+
+
+def in_order(
+    source: Sequence[dict[str, np.ndarray]],
+    *,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Every segment once, in order; the last batch is filled up with rows of `valid=False`.
+
+    All processes see the same number of batches; each gets its consecutive rows of every one.
+    """
+    local = batch_size // process_count
+    for start in range(0, len(source), batch_size):
+        first = start + process_index * local
+        rows = [source[min(i, len(source) - 1)] for i in range(first, first + local)]
+        batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        batch["valid"] &= np.arange(first, first + local) < len(source)
+        yield batch

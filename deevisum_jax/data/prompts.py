@@ -1,0 +1,155 @@
+r"""DEEVISum's prompt: what the title, the transcript and the sound say of a segment, as tokens.
+
+Laid out as in big_vision: `[BOS prefix]["\n"][suffix EOS][pads]`. The prefix is seen in full by
+every position (`mask_ar` 0), the suffix causally (`mask_ar` 1), and only the suffix is counted in
+the loss.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import importlib.resources
+import pathlib
+import string
+
+import numpy as np
+
+from deevisum_jax.data.tokenizer import BOS, EOS, PAD, Tokenizer
+from deevisum_jax.errors import UserError, closest
+
+FIELDS = ("title", "transcript", "sound")
+# The class is one word after the separator, read from the logits of its first token.
+LABEL_WORDS = ("no", "yes")
+DEFAULT_TEMPLATE = "deevisum"
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptTemplate:
+    """Text with the places `{title}`, `{transcript}` and `{sound}`, each used at most once."""
+
+    text: str
+
+    def __post_init__(self) -> None:
+        try:
+            pieces = list(string.Formatter().parse(self.text))
+        except ValueError as error:
+            raise UserError(f"the prompt template is malformed ({error})") from None
+        places = [place for _, *place in pieces if place[0] is not None]
+        names = [name for name, _, _ in places]
+        for name, spec, conversion in places:
+            if name not in FIELDS:
+                raise UserError(f"the prompt template names {{{name}}}; {closest(name, FIELDS)}")
+            if spec or conversion or names.count(name) > 1:
+                raise UserError(f"the prompt template must hold {{{name}}} plainly and only once")
+
+    def fill(self, *, title: str, transcript: str, sound: str) -> str:
+        """The prompt of one segment."""
+        return self.text.format(title=title, transcript=transcript, sound=sound)
+
+
+def load_template(name_or_path: str = DEFAULT_TEMPLATE) -> PromptTemplate:
+    """A template of ours by name (`deevisum`), or a text file of the user's by path.
+
+    Raises:
+      UserError: neither a known name nor a file, or a template with unknown places.
+    """
+    ours = importlib.resources.files("deevisum_jax.data") / "templates"
+    names = {file.name.removesuffix(".txt"): file for file in ours.iterdir()}
+    file = names.get(name_or_path, pathlib.Path(name_or_path))
+    if not file.is_file():
+        raise UserError(
+            f"prompt template {name_or_path!r} is neither a text file nor a template of ours; "
+            f"{closest(name_or_path, names)}"
+        )
+    try:
+        return PromptTemplate(file.read_text(encoding="utf-8").rstrip("\n"))
+    except UnicodeDecodeError:
+        raise UserError(
+            f"prompt template {name_or_path} is no text in UTF-8; save it as such"
+        ) from None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptEncoder:
+    """Turns the words of one segment into fixed-length tokens and masks."""
+
+    tokenizer: Tokenizer
+    template: PromptTemplate
+    text_len: int  # T, tokens of text per segment, suffix and separator included
+
+    def __post_init__(self) -> None:
+        needed = 1 + len(self.tokenizer.separator) + max(map(len, self._suffixes()))
+        bare = len(self.tokenizer.encode(self.template.fill(title="", transcript="", sound="")))
+        if self.text_len < needed + bare:
+            raise UserError(
+                f"data.text_len={self.text_len} cannot hold the empty prompt and its target; "
+                f"raise it to at least {needed + bare}, or shorten the template"
+            )
+        if len(set(self.label_tokens)) < len(LABEL_WORDS):
+            raise UserError(
+                f"the tokenizer begins all of {', '.join(LABEL_WORDS)} with one piece, so no logit "
+                "tells them apart; use paligemma_tokenizer.model, or leave data.tokenizer empty"
+            )
+
+    def _suffixes(self) -> list[list[int]]:
+        return [[*self.tokenizer.encode(word), EOS] for word in LABEL_WORDS]
+
+    @property
+    def label_tokens(self) -> tuple[int, int]:
+        """First token of the words for not-summary and summary."""
+        no, yes = (suffix[0] for suffix in self._suffixes())
+        return no, yes
+
+    def encode(
+        self, *, title: str, transcript: str, sound: str, label: int
+    ) -> dict[str, np.ndarray]:
+        """Tokens and masks of one segment.
+
+        What does not fit is cut from the end of the transcript, then of the title; never from the
+        sound, the separator or the target.
+
+        Args:
+          title: the video's title.
+          transcript: what is said in and around the segment.
+          sound: what the sound is like, in words.
+          label: 0 or 1, the target.
+
+        Returns:
+          `tokens int32[T]`, `mask_ar`, `mask_input` and `mask_loss` `bool[T]`.
+        """
+        suffix = self._suffixes()[label]
+        separator = self.tokenizer.separator
+        budget = self.text_len - 1 - len(separator) - len(suffix)
+        prefix = self._fit(title, transcript, sound, budget)
+        tokens = [BOS, *prefix, *separator, *suffix]
+        num_prefix, num_real = len(tokens) - len(suffix), len(tokens)
+        position = np.arange(self.text_len)
+        return {
+            "tokens": np.array(tokens + [PAD] * (self.text_len - num_real), np.int32),
+            "mask_ar": position >= num_prefix,
+            "mask_input": position < num_real,
+            "mask_loss": (position >= num_prefix) & (position < num_real),
+        }
+
+    def _fit(self, title: str, transcript: str, sound: str, budget: int) -> list[int]:
+        """The prompt with as many words, the title's first, as `budget` tokens hold."""
+        title_words, transcript_words = title.split(), transcript.split()
+
+        def ids_of(num_words: int) -> list[int]:
+            text = self.template.fill(
+                title=" ".join(title_words[:num_words]),
+                transcript=" ".join(transcript_words[: max(0, num_words - len(title_words))]),
+                sound=sound,
+            )
+            return self.tokenizer.encode(text)
+
+        num_words = len(title_words) + len(transcript_words)
+        ids = ids_of(num_words)
+        if len(ids) > budget:
+            fitting = (
+                bisect.bisect_right(range(num_words), budget, key=lambda n: len(ids_of(n))) - 1
+            )
+            # Without any word only a long sound or template is left: cut it like any text.
+            ids = ids_of(max(fitting, 0))[:budget]
+        return ids

@@ -1,0 +1,99 @@
+"""A video as the model meets it: two-second segments of frames, words and sound.
+
+The same path serves a record of a data set and a file off the disk: both become a `Video`, and
+`SegmentEncoder` turns any segment of it into the fields of a `Batch`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Sequence
+
+import numpy as np
+import PIL.Image
+
+from deevisum_jax.data import audio, subtitles
+from deevisum_jax.data.prompts import PromptEncoder
+from deevisum_jax.errors import UserError, closest
+
+INPUTS = ("picture", "text", "sound")
+_GRAY = (
+    127  # stands for a picture that is left out; close to 0 after the model's scaling to [-1, 1]
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Video:
+    """One video, decoded or as stored. Times are seconds from the first frame."""
+
+    title: str
+    duration_s: float
+    frames: Sequence[np.ndarray | bytes]  # uint8[H, W, 3] or encoded JPEG
+    frame_times: np.ndarray  # float[N]
+    cues: Sequence[subtitles.Cue]
+    waveform: np.ndarray | None  # float32[n], 16 kHz mono
+
+
+def segment_bounds(duration_s: float, segment_s: float) -> np.ndarray:
+    """`float64[M, 2]` start and end of the segments that tile a video.
+
+    Every segment but the last is `segment_s` long; a last one under half of that joins its
+    neighbour: `segment_bounds(4.5, 2.0)` is `[[0, 2], [2, 4.5]]`.
+    """
+    count = max(1, int(np.floor(duration_s / segment_s + 0.5)))
+    edges = np.append(np.arange(count) * segment_s, duration_s)
+    return np.stack([edges[:-1], edges[1:]], axis=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SegmentEncoder:
+    """Encodes segments: `num_frames` evenly spaced pictures, the prompt, the masks."""
+
+    prompts: PromptEncoder
+    num_frames: int  # I, pictures per segment
+    image_size: int  # H = W, pixels
+    left_out: tuple[str, ...] = ()  # inputs withheld, of `INPUTS`: for ablations
+
+    def __post_init__(self) -> None:
+        for name in self.left_out:
+            if name not in INPUTS:
+                raise UserError(f"data.left_out names {name!r}; {closest(name, INPUTS)}")
+
+    def frames(self, video: Video, start_s: float, end_s: float) -> np.ndarray:
+        """`uint8[I, H, W, 3]`: the stored frames nearest to I evenly spaced instants."""
+        size = self.image_size
+        if "picture" in self.left_out:
+            return np.full((self.num_frames, size, size, 3), _GRAY, np.uint8)
+        instants = (
+            start_s + (np.arange(self.num_frames) + 0.5) * (end_s - start_s) / self.num_frames
+        )
+        nearest = np.abs(np.asarray(video.frame_times)[None] - instants[:, None]).argmin(axis=1)
+        return np.stack([_picture(video.frames[i], size) for i in nearest])
+
+    def text(
+        self, video: Video, start_s: float, end_s: float, *, label: int
+    ) -> dict[str, np.ndarray]:
+        """Tokens and masks of a segment; see `PromptEncoder.encode`."""
+        heard = video.waveform
+        if heard is not None:
+            heard = heard[int(start_s * audio.SAMPLE_RATE) : int(end_s * audio.SAMPLE_RATE)]
+        has_text = "text" not in self.left_out
+        return self.prompts.encode(
+            title=video.title if has_text else "",
+            transcript=subtitles.text_between(video.cues, start_s, end_s) if has_text else "",
+            sound=audio.describe(heard) if "sound" not in self.left_out else "",
+            label=label,
+        )
+
+
+def _picture(frame: np.ndarray | bytes, size: int) -> np.ndarray:
+    image = (
+        PIL.Image.open(io.BytesIO(frame))
+        if isinstance(frame, bytes)
+        else PIL.Image.fromarray(frame)
+    )
+    if image.size != (size, size):
+        # As big_vision's `resize`: bilinear with antialiasing, aspect not kept.
+        image = image.resize((size, size), PIL.Image.Resampling.BILINEAR)
+    return np.asarray(image.convert("RGB"))

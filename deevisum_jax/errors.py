@@ -1,0 +1,40 @@
+"""The one kind of error that a person caused and can mend, and how commands end on it."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import sys
+from collections.abc import Callable, Iterable
+from typing import ParamSpec
+
+P = ParamSpec("P")
+
+EXIT_USER_ERROR = 2
+
+
+class UserError(ValueError):
+    """What was given cannot be used; the message names the thing and the next step."""
+
+
+def closest(name: str, choices: Iterable[str]) -> str:
+    """A ready half-sentence that names the choice nearest to `name`, else lists them all."""
+    choices = sorted(choices)
+    match = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    if match:
+        return f"did you mean {match[0]!r}?"
+    return f"choose one of {', '.join(choices)}"
+
+
+def exits_on_user_error(main: Callable[P, int]) -> Callable[P, int]:
+    """Wraps a command's `main`: a `UserError` becomes one line on stderr and exit status 2."""
+
+    @functools.wraps(main)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> int:
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            print("error:", *map(str.strip, str(error).splitlines()), file=sys.stderr)
+            return EXIT_USER_ERROR
+
+    return wrapped

@@ -1,0 +1,178 @@
+"""The student held against people: every exit, early exit, baselines, inputs left out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from deevisum_jax.config import Config
+from deevisum_jax.data.pipeline import Record
+from deevisum_jax.inference import scoring
+from deevisum_jax.inference.cost import score_flops
+from deevisum_jax.models.paligemma2 import PaliGemma2Config
+from deevisum_jax.summary import protocols
+from deevisum_jax.summary.protocols import Result, VideoGroundTruth
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """The scores of a split's videos, in the order of its records."""
+
+    bounds: list[np.ndarray]  # float[M, 2] per video, seconds
+    scores: list[scoring.SegmentScores]
+
+
+def deepest(scores: scoring.SegmentScores) -> np.ndarray:
+    """`float[M]` importance at the last exit, the full model's."""
+    return scores.importance[-1]
+
+
+def ground_truths(records: Iterable[Record]) -> list[VideoGroundTruth]:
+    """What people said of every record's video."""
+    return [ground_truth(record) for record in records]
+
+
+def ground_truth(record: Record) -> VideoGroundTruth:
+    """What people said of a record's video."""
+    return VideoGroundTruth(
+        video_id=record["video_id"],
+        n_frames=int(record["n_frames"]),
+        native_fps=float(record["native_fps"]),
+        duration_s=float(record["duration_s"]),
+        score_times=np.asarray(record["score_times"]),
+        user_scores=np.asarray(record["user_scores"]),
+        user_summary=np.asarray(record["user_summary"]).astype(bool),
+        shots=np.asarray(record["change_points"]),
+    )
+
+
+def evaluate(
+    truths: Sequence[VideoGroundTruth],
+    prediction: Prediction,
+    choose: Callable[[scoring.SegmentScores], np.ndarray],
+    config: Config,
+) -> Result:
+    """F1, tau and rho of one way to read a prediction.
+
+    Args:
+      truths: the videos' annotations.
+      prediction: their scores.
+      choose: picks `float[M]` of a video's `SegmentScores`.
+      config: names the budget and the F1 convention.
+    """
+    results = [
+        protocols.evaluate_video(
+            truth, bounds, choose(scores), budget=config.eval.budget, f1=config.eval.f1
+        )
+        for truth, bounds, scores in zip(truths, prediction.bounds, prediction.scores, strict=True)
+    ]
+    return protocols.summarize_results(results, f1=config.eval.f1)
+
+
+def evaluate_exits(
+    truths: Sequence[VideoGroundTruth],
+    prediction: Prediction,
+    config: Config,
+    model: PaliGemma2Config,
+) -> dict[str, Result]:
+    """A row per exit, `exit_2` to the deepest, and `early_exit`, each segment at its own exit."""
+    rows = {
+        f"exit_{layer}": evaluate(truths, prediction, lambda s, x=x: s.importance[x], config)
+        for x, layer in enumerate(model.exit_layers)
+    }
+    threshold = config.eval.exit_threshold
+    leave = lambda s: scoring.at_exit(s, scoring.exit_index(s.summary_prob, threshold))
+    return rows | {"early_exit": evaluate(truths, prediction, leave, config)}
+
+
+def early_exit_cost(
+    prediction: Prediction, config: Config, model: PaliGemma2Config
+) -> dict[str, Any]:
+    """Mean depth of the exits taken, the share of FLOPs they save, and how many leave where."""
+    taken = np.concatenate(
+        [
+            scoring.exit_index(scores.summary_prob, config.eval.exit_threshold)
+            for scores in prediction.scores
+        ]
+    )
+    layers = np.asarray(model.exit_layers)
+    flops = np.array(
+        [
+            score_flops(
+                model,
+                num_frames=config.data.num_frames,
+                text_len=config.data.text_len,
+                depth=layer,
+            )
+            for layer in model.exit_layers
+        ]
+    )
+    shares = np.bincount(taken, minlength=len(layers)) / len(taken)
+    return {
+        "exit_threshold": config.eval.exit_threshold,
+        "avg_depth": float(layers[taken].mean()),
+        "compute_saved": float(1 - (shares @ flops) / flops[-1]),
+        "exit_rate": {
+            str(layer): float(share) for layer, share in zip(layers, shares, strict=True)
+        },
+    }
+
+
+def run_report(
+    rows: Mapping[str, Result],
+    left_out: Mapping[str, Result],
+    cost: Mapping[str, Any],
+    *,
+    exit_layers: Sequence[int],
+    steps: int,
+) -> dict[str, Any]:
+    """The content of report.json. Headline numbers are the last exit's, the full model's.
+
+    Args:
+      rows: results by name, exits and baselines.
+      left_out: results without one input, by input.
+      cost: of `early_exit_cost`.
+      exit_layers: the model's.
+      steps: updates that the evaluated parameters have seen.
+    """
+    model, early = rows[f"exit_{exit_layers[-1]}"], rows["early_exit"]
+    numbers = lambda result: {name: getattr(result, name) for name in ("tau", "rho", "f1")}
+    return {
+        **numbers(model),
+        "f1_early_exit": early.f1,
+        "tau_early_exit": early.tau,
+        **cost,
+        # Every exit is scored in one pass here; time is saved by executing stages, not by choosing.
+        "wall_saved": None,
+        "steps": steps,
+        "protocols": dict(model.protocols),
+        "rows": {name: numbers(result) for name, result in rows.items()},
+        "row_protocols": {
+            name: result.protocols["row"]
+            for name, result in rows.items()
+            if "row" in result.protocols
+        },
+        "left_out": {name: numbers(result) for name, result in left_out.items()},
+        "per_video": {
+            result.video_id: {"tau": result.tau, "rho": result.rho, "f1": result.f1}
+            for result in model.per_video
+        },
+    }
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """The rows of a report for a terminal; rank correlation is the headline, F1 stands beside."""
+    lines = [f"{'row':<20}{'tau':>8}{'rho':>8}{'F1':>8}"]
+    for name, row in report["rows"].items():
+        lines.append(f"{name:<20}{row['tau']:>8.3f}{row['rho']:>8.3f}{100 * row['f1']:>8.1f}")
+    for name, row in report["left_out"].items():
+        label = f"without {name}"
+        lines.append(f"{label:<20}{row['tau']:>8.3f}{row['rho']:>8.3f}{100 * row['f1']:>8.1f}")
+    lines.append(
+        f"early exit at {report['exit_threshold']}: {report['avg_depth']:.2f} layers on average, "
+        f"{100 * report['compute_saved']:.0f} % of the FLOPs saved"
+    )
+    return "\n".join(lines)

@@ -1,0 +1,27 @@
+"""What scoring a segment costs: matrix-product FLOPs, by depth."""
+
+from __future__ import annotations
+
+from deevisum_jax.models.paligemma2 import PaliGemma2Config
+
+
+def score_flops(config: PaliGemma2Config, *, num_frames: int, text_len: int, depth: int) -> int:
+    """FLOPs of one segment's scoring pass that leaves after `depth` layers.
+
+    Counts two per multiply-add of every matrix product, image tower included; norms, softmax and
+    the exit heads (two vectors of width D) are left out.
+
+    Args:
+      config: the model.
+      num_frames: I, frames of the segment.
+      text_len: T, text tokens.
+      depth: layers run, 0 for the image tower alone.
+    """
+    img, llm = config.img, config.llm
+    P, D, F = img.num_patches, img.width, img.mlp_dim
+    img_layer = 2 * P * (4 * D * D + 2 * D * F) + 4 * P * P * D
+    frame = 2 * P * D * (3 * img.patch_size**2) + img.depth * img_layer + 2 * P * D * llm.width
+    S, D, F = num_frames * P + text_len, llm.width, llm.mlp_dim
+    N, K, H = llm.num_heads, llm.num_kv_heads, llm.head_dim
+    llm_layer = 2 * S * (2 * D * N * H + 2 * D * K * H + 3 * D * F) + 4 * S * S * N * H
+    return num_frames * frame + depth * llm_layer

@@ -1,0 +1,297 @@
+"""Train and evaluate: `python -m deevisum_jax.main --config configs/quickstart.py --workdir DIR`.
+
+Reads as a table of contents; every section is a call into the package. A run that was killed goes
+on where its newest checkpoint stands when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import absl.logging
+import grain
+import jax
+
+from deevisum_jax import (
+    checkpoints,
+    datasets,
+    evaluation,
+    experiment,
+    optim,
+    sharding,
+    train_step,
+    training_log,
+)
+from deevisum_jax import config as config_lib
+from deevisum_jax.config import Config
+from deevisum_jax.data import pipeline
+from deevisum_jax.data.segments import INPUTS, SegmentEncoder
+from deevisum_jax.errors import UserError, exits_on_user_error
+from deevisum_jax.files import write_whole
+from deevisum_jax.inference import scoring
+from deevisum_jax.models import paligemma2
+from deevisum_jax.summary import protocols, report
+from deevisum_jax.summary.protocols import VideoGroundTruth
+
+_EXAMPLES = """\
+examples:
+  python -m deevisum_jax.main --config configs/quickstart.py --workdir runs/quickstart
+  python -m deevisum_jax.main --config configs/quickstart.py --workdir runs/lower_rate \\
+      --config.optim.learning_rate=3e-4 --config.total_steps=500
+
+Any field of the config can be overridden; deevisum_jax/config.py explains them all.
+DIR gets config.json, metrics.jsonl, tensorboard/, checkpoints/, report.json and report.html. The
+same command again resumes a run that was stopped. Exit status: 0 done, 2 a mistake in what was
+given (one line says which, and the next step).
+"""
+
+
+@exits_on_user_error
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    args, config = parse(argv)
+    # Orbax warns of much that is as it should be.
+    absl.logging.set_verbosity(absl.logging.ERROR)
+    if args.mode == "evaluate" and not (args.workdir / experiment.CONFIG_FILE).exists():
+        raise UserError(f"{args.workdir} holds no run to evaluate; train one, or correct --workdir")
+    experiment.claim_workdir(args.workdir, config)
+    with jax.set_mesh(sharding.make_mesh(**dataclasses.asdict(config.mesh))):
+        run = Run(config, args.workdir)
+        if args.mode == "train":
+            run.train()
+        run.evaluate()
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Config]:
+    """Flags, and the config with its overrides."""
+    parser = argparse.ArgumentParser(
+        prog="python -m deevisum_jax.main",
+        description="Trains an early-exit PaliGemma 2 to summarize video, then evaluates it.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="an experiment in configs/")
+    parser.add_argument(
+        "--workdir", required=True, metavar="DIR", type=pathlib.Path, help="where the run lives"
+    )
+    parser.add_argument(
+        "--mode",
+        choices=("train", "evaluate"),
+        default="train",
+        help="train: train what is missing, then evaluate (default); evaluate: the best checkpoint",
+    )
+    parser.add_argument(
+        "--config.FIELD=VALUE", dest="unused", help="overrides a field of the config; repeatable"
+    )
+    args, rest = parser.parse_known_args(argv)
+    unknown = [flag for flag in rest if not flag.startswith("--config.")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    overrides = [flag.removeprefix("--config.") for flag in rest]
+    return args, config_lib.from_file(args.config, overrides)
+
+
+class Run:
+    """One experiment on the current mesh: its data, its model, its state."""
+
+    def __init__(self, config: Config, workdir: pathlib.Path) -> None:
+        # ---- Mesh: what it must divide, before anything is loaded ----
+        self.config, self.workdir = config, workdir
+        self.mesh = jax.sharding.get_mesh()
+        microbatch = config.batch_size // config.optim.accumulate_steps
+        sharding.check_batch("batch_size / optim.accumulate_steps", microbatch, self.mesh)
+        sharding.check_batch("eval.batch_size", config.eval.batch_size, self.mesh)
+
+        # ---- Data: records, tokenizer, segments ----
+        self.dataset = datasets.Dataset(config.data.dataset, config.data.data_dir)
+        for split in (config.eval.validation_split, config.eval.test_split):
+            self.dataset.split(split)  # a wrong name is better known before training than after
+        self.tokenizer = experiment.make_tokenizer(config, workdir, self.dataset.split("train"))
+        self.model_config = experiment.model_config(config, self.tokenizer)
+        self.encoder = experiment.make_encoder(
+            config, self.tokenizer, self.model_config.img.image_size
+        )
+
+        # ---- Model and optimizer: shapes and shardings before any array ----
+        self.schedule = optim.make_schedule(config.optim, config.total_steps)
+        self.tx = optim.make_optimizer(config.optim, self.schedule)
+        shapes = jax.eval_shape(self._from_scratch, jax.random.key(config.seed))
+        self.shardings = train_step.state_shardings(shapes, self.tx, self.mesh)
+        self.abstract = jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+            shapes,
+            self.shardings,
+        )
+        self.score_fn = scoring.make_score_fn(
+            self.model_config, optim.merge(self.shardings.params, self.shardings.frozen), self.mesh
+        )
+
+    def train(self) -> None:
+        """Trains to `total_steps`, from wherever the run stands."""
+        config = self.config
+        # ---- Input: shuffled segments, an iterator that can be saved ----
+        data_iter = pipeline.train_iterator(
+            experiment.make_source(config, self.dataset.split("train"), self.encoder),
+            batch_size=config.batch_size,
+            seed=config.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            num_threads=config.data.num_threads,
+        )
+        validation = self._split(config.eval.validation_split, self.encoder)
+        # ---- Update: one compiled function, the state donated ----
+        update = jax.jit(
+            train_step.make_train_step(
+                self.model_config,
+                config.loss,
+                self.tx,
+                self.schedule,
+                accumulate_steps=config.optim.accumulate_steps,
+            ),
+            in_shardings=(self.shardings, sharding.batch_sharding(self.mesh)),
+            out_shardings=(self.shardings, None),
+            donate_argnums=0,
+        )
+        with checkpoints.Checkpoints(self._checkpoint_folder, config.checkpoint) as saved:
+            # ---- State: where the run stands, or its beginning ----
+            state = self._first_state(saved, data_iter)
+            first_step = int(state.step)
+            if first_step >= config.total_steps:
+                return
+            # ---- Loop: update, log, validate, save ----
+            with training_log.TrainingLog(
+                self.workdir,
+                first_step=first_step,
+                total_steps=config.total_steps,
+                batch_size=config.batch_size,
+            ) as log:
+                for step in range(first_step + 1, config.total_steps + 1):
+                    state, metrics = update(state, scoring.place(next(data_iter), self.mesh))
+                    log.advance()
+                    last = step == config.total_steps
+                    saves = step % config.checkpoint.every_steps == 0 or last
+                    # What is saved is logged first: that refuses numbers that are not finite.
+                    if step % config.log_every == 0 or step == first_step + 1 or saves:
+                        log.train(step, metrics)
+                    scores = None
+                    if step % config.eval.every_steps == 0 or last:
+                        with log.paused():
+                            scores = self._validate(state, validation)
+                            log.write(step, {f"validation/{k}": v for k, v in scores.items()})
+                    if saves:
+                        saved.save(step, state, data_iter, scores)
+
+    def evaluate(self) -> None:
+        """Holds the best checkpoint against the test split; writes report.json and report.html."""
+        config = self.config
+        with checkpoints.Checkpoints(self._checkpoint_folder) as saved:
+            step = saved.best_step
+            params = saved.restore_params(step, self._abstract_params)
+        # ---- Predictions: with everything, and with one input left out ----
+        test = self._split(config.eval.test_split, self.encoder)
+        full = self._predict(params, test)
+        rows = evaluation.evaluate_exits(test.truths, full, config, self.model_config)
+        left_out = {}
+        for name in INPUTS if config.eval.ablate_inputs else ():
+            encoder = dataclasses.replace(self.encoder, left_out=(*config.data.left_out, name))
+            blind = self._predict(params, self._split(config.eval.test_split, encoder))
+            left_out[name] = evaluation.evaluate(test.truths, blind, evaluation.deepest, config)
+        # ---- Rows that need no model ----
+        rows |= protocols.baseline_rows(
+            evaluation.ground_truths(self.dataset.split("train")),
+            test.truths,
+            seed=config.seed,
+            budget=config.eval.budget,
+            f1=config.eval.f1,
+        )
+        # ---- Report ----
+        result = evaluation.run_report(
+            rows,
+            left_out,
+            evaluation.early_exit_cost(full, config, self.model_config),
+            exit_layers=self.model_config.exit_layers,
+            steps=step,
+        )
+        write_whole(self.workdir / "report.json", json.dumps(result, indent=2) + "\n")
+        report.write_run_report(
+            self.workdir / "report.html",
+            result,
+            config=dataclasses.asdict(config),
+            history=training_log.read_metrics(self.workdir / training_log.METRICS_FILE),
+        )
+        print(evaluation.table(result))
+
+    @property
+    def _checkpoint_folder(self) -> pathlib.Path:
+        return self.workdir / experiment.CHECKPOINT_FOLDER
+
+    @property
+    def _abstract_params(self) -> optim.Params:
+        return optim.merge(self.abstract.params, self.abstract.frozen)
+
+    def _from_scratch(self, key: jax.Array) -> train_step.TrainState:
+        params = paligemma2.init_params(self.model_config, key)
+        return train_step.init_state(params, self.tx, self.config.optim.frozen)
+
+    def _first_state(
+        self, saved: checkpoints.Checkpoints, data_iter: grain.DatasetIterator
+    ) -> train_step.TrainState:
+        """Resume > initialize from a run > from scratch."""
+        if saved.latest_step is not None:
+            return saved.restore(saved.latest_step, self.abstract, data_iter)
+        if self.config.initialization == config_lib.FROM_SCRATCH:
+            init = jax.jit(self._from_scratch, out_shardings=self.shardings)
+            return init(jax.random.key(self.config.seed))
+        folder = experiment.initial_run(self.config) / experiment.CHECKPOINT_FOLDER
+        with checkpoints.Checkpoints(folder) as other:
+            params = other.restore_params(other.best_step, self._abstract_params)
+        start = lambda params: train_step.init_state(params, self.tx, self.config.optim.frozen)
+        return jax.jit(start, out_shardings=self.shardings)(params)
+
+    def _split(self, name: str, encoder: SegmentEncoder) -> Split:
+        records = self.dataset.split(name)
+        return Split(
+            truths=evaluation.ground_truths(records),
+            source=experiment.make_source(self.config, records, encoder),
+        )
+
+    def _predict(self, params: optim.Params, split: Split) -> evaluation.Prediction:
+        scores = scoring.score_videos(
+            functools.partial(self.score_fn, params),
+            pipeline.in_order(
+                split.source,
+                batch_size=self.config.eval.batch_size,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+            ),
+            self.mesh,
+        )
+        return evaluation.Prediction(
+            bounds=split.source.bounds, scores=[scores[row] for row in range(len(split.truths))]
+        )
+
+    def _validate(self, state: train_step.TrainState, validation: Split) -> dict[str, float]:
+        """tau, rho and F1 of the deepest exit; tau chooses the best checkpoint."""
+        prediction = self._predict(optim.merge(state.params, state.frozen), validation)
+        result = evaluation.evaluate(validation.truths, prediction, evaluation.deepest, self.config)
+        return {"tau": result.tau, "rho": result.rho, "f1": result.f1}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Split:
+    """A split to evaluate on: what people said, and the segments to score."""
+
+    truths: list[VideoGroundTruth]
+    source: pipeline.SegmentSource
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,194 @@
+"""The parts that both towers are built from.
+
+Einsum letters as in `deevisum_jax.typing`. Two dtypes run through: parameters are stored in
+`param_dtype` and cast to the compute dtype, which is the dtype of the activations `x`, where they
+are used. The islands of float32 are marked in the code: norms, RoPE, attention logits and softmax.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deevisum_jax.errors import UserError, closest
+from deevisum_jax.typing import Array
+
+# What masked attention logits are set to; finite, so that a row with no key stays free of NaN.
+K_MASK = -2.3819763e38
+
+# What the backward pass finds already computed, by the name of JAX's checkpoint policy.
+REMAT_POLICIES = {
+    "nothing_saveable": jax.checkpoint_policies.nothing_saveable,
+    "dots_saveable": jax.checkpoint_policies.dots_saveable,
+    "dots_with_no_batch_dims_saveable": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def fan_in_init(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: str) -> nnx.Param:
+    """A weight drawn from a normal of standard deviation `fan_in ** -0.5`, cut at two of them.
+
+    Inputs of unit variance then give outputs of unit variance (LeCun et al. 1998); the division
+    makes good for the cut.
+    """
+    stddev = fan_in**-0.5 / 0.87962566103423978
+    # The same numbers either way. In many dimensions XLA takes ten times as long to compile the
+    # random bits on a CPU; flat ones cannot be split over a mesh, which matters for large weights.
+    size = math.prod(shape)
+    drawn = shape if size > 2**22 else (size,)
+    w = stddev * jax.random.truncated_normal(rngs.params(), -2.0, 2.0, drawn, jnp.float32)
+    return nnx.Param(w.reshape(shape).astype(dtype))
+
+
+def zeros(shape: tuple[int, ...], dtype: str) -> nnx.Param:
+    return nnx.Param(jnp.zeros(shape, dtype))
+
+
+def softcap(x: jax.Array, cap: float) -> jax.Array:
+    """`cap * tanh(x / cap)`, smoothly within ±cap; 0 means no cap. Keeps order."""
+    return cap * jnp.tanh(x / cap) if cap else x
+
+
+def rope(x: jax.Array, positions: Array, base: float = 10_000.0) -> jax.Array:
+    """Rotary position embedding (Su et al. 2021) on split halves.
+
+    The pair `(x[i], x[i + H/2])` is turned by the angle `position * base ** (-2 i / H)`: at
+    position 0 nothing moves, and the first pair turns by one radian per position.
+
+    Args:
+      x: float[B, T, N, H], queries or keys.
+      positions: int32[B, T].
+      base: the longest wavelength is 2 pi times this.
+
+    Returns:
+      The same shape and dtype as `x`.
+    """
+    H = x.shape[-1]
+    # float32: bfloat16 has no 257, let alone its sine.
+    frequency = base ** (-jnp.arange(0, H, 2, dtype=jnp.float32) / H)
+    angle = jnp.asarray(positions, jnp.float32)[:, :, None, None] * frequency  # [B, T, 1, H/2]
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: Array | None, logits_softcap: float = 0.0
+) -> jax.Array:
+    """Grouped-query attention: query head `n` reads key/value head `n // G`.
+
+    Args:
+      q: float[B, T, N, H], already scaled.
+      k: float[B, S, K, H].
+      v: float[B, S, K, H].
+      mask: bool[B, T, S], 1 = may see; None = all.
+      logits_softcap: cap of the logits before masking, 0 = none.
+
+    Returns:
+      float[B, T, N, H] in the dtype of `q`. A query that may see nothing gets the mean of `v`.
+    """
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    q = q.reshape(B, T, K, N // K, H)
+    # float32 from here to the end of the softmax.
+    logits = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
+    logits = softcap(logits, logits_softcap)
+    if mask is not None:
+        logits = jnp.where(mask[:, None, None], logits, K_MASK)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(B, T, N, H)
+
+
+def remat(body, policy: str | None):
+    """The scan body as it is (None), or recomputed in the backward pass by a named policy."""
+    if policy is None:
+        return body
+    # Within a scan the compiler cannot merge the recomputation with the first computation.
+    return jax.checkpoint(body, policy=REMAT_POLICIES[policy], prevent_cse=False)
+
+
+def check_remat_policy(policy: str | None) -> None:
+    if policy is not None and policy not in REMAT_POLICIES:
+        raise UserError(
+            f"remat_policy {policy!r} is unknown: {closest(policy, REMAT_POLICIES)} "
+            "None means no rematerialisation"
+        )
+
+
+class RMSNorm(nnx.Module):
+    """`x / rms(x) * (1 + scale)` over the last dimension; a scale of zero leaves unit RMS."""
+
+    def __init__(self, width: int, *, param_dtype: str):
+        self.scale = zeros((width,), param_dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return rms_norm(x, self.scale[...])
+
+
+def rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """Gemma's RMSNorm: float32 inside, `(1 + scale)` included, then back to the dtype of `x`."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + 1e-6)
+    return (normed * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm over the last dimension with scale and bias; float32 inside."""
+
+    def __init__(self, width: int, *, param_dtype: str):
+        self.scale = nnx.Param(jnp.ones((width,), param_dtype))
+        self.bias = zeros((width,), param_dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(
+            jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + 1e-6
+        )
+        out = normed * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+        return out.astype(x.dtype)
+
+
+class Projection(nnx.Module):
+    """An einsum with a kernel, then a bias over the output's last dimensions.
+
+    Args:
+      eqn: einsum of input and kernel, for instance `"BTD,DNH->BTNH"`.
+      inputs: the kernel's contracted dimensions, in front.
+      outputs: the kernel's other dimensions, and the bias's.
+      param_dtype: storage dtype.
+      rngs: stream `params`.
+    """
+
+    def __init__(
+        self,
+        eqn: str,
+        inputs: tuple[int, ...],
+        outputs: tuple[int, ...],
+        *,
+        param_dtype: str,
+        rngs: nnx.Rngs,
+    ):
+        self.eqn = eqn
+        self.kernel = fan_in_init(rngs, (*inputs, *outputs), math.prod(inputs), param_dtype)
+        self.bias = zeros(outputs, param_dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel, bias = self.kernel[...].astype(x.dtype), self.bias[...].astype(x.dtype)
+        return jnp.einsum(self.eqn, x, kernel) + bias
+
+
+class Einsum(nnx.Module):
+    """An einsum with one weight `w` and no bias."""
+
+    def __init__(
+        self, eqn: str, shape: tuple[int, ...], *, fan_in: int, param_dtype: str, rngs: nnx.Rngs
+    ):
+        self.eqn = eqn
+        self.w = fan_in_init(rngs, shape, fan_in, param_dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return jnp.einsum(self.eqn, x, self.w[...].astype(x.dtype))

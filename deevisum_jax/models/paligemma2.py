@@ -1,0 +1,491 @@
+r"""PaliGemma 2 with exit heads: SigLIP, Gemma 2, and the segment scorer that they make.
+
+A segment's frames are folded into the batch for the image tower and their tokens concatenated, no
+separators between, in front of the text (big_vision's `pp/proj/paligemma/video.py`). Scoring is one
+pass over `[frames][BOS prompt]["\n"]`: the class is read at the last prefix position.
+
+Parameters travel as a nested dictionary of arrays with big_vision's names; `init_params` makes one,
+`bind` turns one into a model whose methods can be called under `jax.jit` and `jax.grad`:
+
+    params = init_params(config, jax.random.key(0))
+    scores = jax.jit(lambda params, batch: bind(config, params).score(batch))(params, batch)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deevisum_jax.errors import UserError, closest
+from deevisum_jax.models import layers, masks
+from deevisum_jax.models.exits import ExitHeads
+from deevisum_jax.models.gemma2 import Gemma2, Gemma2Config, KVCache
+from deevisum_jax.models.siglip import Siglip, SiglipConfig
+from deevisum_jax.sharding import constrain
+from deevisum_jax.typing import Array, Batch, ExitScores
+
+Params = dict[str, Any]  # nested, arrays as leaves, big_vision's names
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PaliGemma2Config:
+    """A model's sizes, exits and numbers.
+
+    Raises:
+      UserError: exits out of order or out of range, an unknown dtype or rematerialisation policy.
+    """
+
+    img: SiglipConfig
+    llm: Gemma2Config
+    # Layers to leave after, counted from 1: exit 8 has run 8 layers. Empty: no exit heads.
+    exit_layers: tuple[int, ...] = ()
+    dtype: str = "float32"  # of activations and matrix products
+    param_dtype: str = "float32"  # of stored parameters
+    remat_policy: str | None = None  # None keeps all activations for the backward pass
+
+    def __post_init__(self):
+        # Configuration files hold lists.
+        object.__setattr__(self, "exit_layers", tuple(self.exit_layers))
+        exits, L = self.exit_layers, self.llm.depth
+        if any(not 1 <= layer <= L for layer in exits):
+            raise UserError(
+                f"exit_layers {exits} must lie within 1 and the depth of the language model, {L}; "
+                f"out of range: {[layer for layer in exits if not 1 <= layer <= L]}"
+            )
+        if any(after <= before for before, after in itertools.pairwise(exits)):
+            raise UserError(
+                f"exit_layers {exits} must be strictly increasing; try {tuple(sorted(set(exits)))}"
+            )
+        for field in ("dtype", "param_dtype"):
+            if (given := getattr(self, field)) not in DTYPES:
+                raise UserError(f"{field} {given!r} is unknown: {closest(str(given), DTYPES)}")
+        layers.check_remat_policy(self.remat_policy)
+
+
+_SO400M = SiglipConfig(
+    image_size=224, patch_size=14, width=1152, depth=27, mlp_dim=4304, num_heads=16
+)
+_VOCAB_SIZE = 257_152  # 256,000 pieces, 1,024 <loc>, 128 <seg>
+
+# Named sizes. The quickstart trio is for one CPU and trains from scratch; its vocabulary must be
+# set to the tokenizer's (`get_config(name, llm={"vocab_size": ...})`).
+VARIANTS: dict[str, PaliGemma2Config] = {
+    "paligemma2_3b": PaliGemma2Config(
+        img=_SO400M,
+        llm=Gemma2Config(
+            vocab_size=_VOCAB_SIZE,
+            width=2304,
+            depth=26,
+            mlp_dim=9216,
+            num_heads=8,
+            num_kv_heads=4,
+            head_dim=256,
+            query_pre_attn_scalar=256,
+        ),
+    ),
+    "paligemma2_10b": PaliGemma2Config(
+        img=_SO400M,
+        llm=Gemma2Config(
+            vocab_size=_VOCAB_SIZE,
+            width=3584,
+            depth=42,
+            mlp_dim=14336,
+            num_heads=16,
+            num_kv_heads=8,
+            head_dim=256,
+            query_pre_attn_scalar=256,
+        ),
+    ),
+    "paligemma2_28b": PaliGemma2Config(
+        img=_SO400M,
+        llm=Gemma2Config(
+            vocab_size=_VOCAB_SIZE,
+            width=4608,
+            depth=46,
+            mlp_dim=36864,
+            num_heads=32,
+            num_kv_heads=16,
+            head_dim=128,
+            query_pre_attn_scalar=4608 / 32,  # width over heads, not the head width
+        ),
+    ),
+    "tiny": PaliGemma2Config(
+        img=SiglipConfig(image_size=28, patch_size=14, width=16, depth=2, mlp_dim=32, num_heads=2),
+        llm=Gemma2Config(
+            vocab_size=512,
+            width=32,
+            depth=4,
+            mlp_dim=64,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=16,
+            query_pre_attn_scalar=16,
+        ),
+    ),
+    "quickstart_student": PaliGemma2Config(
+        img=SiglipConfig(image_size=64, patch_size=16, width=64, depth=2, mlp_dim=192, num_heads=4),
+        llm=Gemma2Config(
+            vocab_size=1024,
+            width=128,
+            depth=6,
+            mlp_dim=384,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=32,
+            query_pre_attn_scalar=32,
+        ),
+    ),
+    "quickstart_mentor": PaliGemma2Config(
+        img=SiglipConfig(image_size=64, patch_size=16, width=96, depth=3, mlp_dim=288, num_heads=4),
+        llm=Gemma2Config(
+            vocab_size=1024,
+            width=192,
+            depth=8,
+            mlp_dim=576,
+            num_heads=6,
+            num_kv_heads=2,
+            head_dim=32,
+            query_pre_attn_scalar=32,
+        ),
+    ),
+    "quickstart_teacher": PaliGemma2Config(
+        img=SiglipConfig(
+            image_size=64, patch_size=16, width=128, depth=4, mlp_dim=384, num_heads=4
+        ),
+        llm=Gemma2Config(
+            vocab_size=1024,
+            width=256,
+            depth=10,
+            mlp_dim=768,
+            num_heads=8,
+            num_kv_heads=4,
+            head_dim=32,
+            query_pre_attn_scalar=32,
+        ),
+    ),
+}
+
+
+def get_config(
+    name: str,
+    *,
+    img: Mapping[str, Any] | None = None,
+    llm: Mapping[str, Any] | None = None,
+    **overrides: Any,
+) -> PaliGemma2Config:
+    """A variant by name, with fields replaced.
+
+    Args:
+      name: key of `VARIANTS`.
+      img: fields of `SiglipConfig` to replace, for instance `{"image_size": 448}`.
+      llm: fields of `Gemma2Config` to replace, for instance `{"sliding_window": 4096}`.
+      **overrides: fields of `PaliGemma2Config` to replace, for instance `exit_layers=(8, 13)`.
+
+    Raises:
+      UserError: an unknown name or field (with the closest that exists), or a value that the
+        config refuses.
+    """
+    if name not in VARIANTS:
+        raise UserError(f"model variant {name!r} is unknown: {closest(name, VARIANTS)}")
+    config = VARIANTS[name]
+    return _replace(
+        config,
+        "model",
+        {
+            **overrides,
+            "img": _replace(config.img, "img", img or {}),
+            "llm": _replace(config.llm, "llm", llm or {}),
+        },
+    )
+
+
+def _replace(config: Any, where: str, fields: Mapping[str, Any]) -> Any:
+    known = [field.name for field in dataclasses.fields(config)]
+    for field in fields:
+        if field not in known:
+            raise UserError(f"{where} has no field {field!r}: {closest(field, known)}")
+    return dataclasses.replace(config, **fields)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Embedded:
+    """Image and text tokens on their way through the layers, image first.
+
+    The rows of a batch are independent: an executor may gather some of them with `jax.tree.map`.
+    """
+
+    x: Array  # float[B, S, D], S = image tokens + T
+    mask_ar: Array  # bool[B, S], 1 = causal boundary
+    mask_input: Array  # bool[B, S], 1 = real token
+    positions: Array  # int32[B, S]
+
+    def last_prefix_row(self, x: Array) -> jax.Array:
+        """float[B, S, D] -> float[B, D], the row at the last prefix position."""
+        last = masks.last_prefix_position(self.mask_ar, self.mask_input)
+        return jnp.take_along_axis(x, last[:, None, None], axis=1, mode="clip")[:, 0]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Output:
+    """What a full pass gives."""
+
+    pre_logits: Array  # float[B, S, D], final norm applied; see `PaliGemma2.logits`
+    collected: Any  # what `collect` picked of each layer's output, leading axis L; or None
+    exits: ExitScores | None  # None without exit heads
+
+
+class PaliGemma2(nnx.Module):
+    """The model. `img`, `llm` and `exits` hold the parameters; the latter only with exit layers."""
+
+    def __init__(self, config: PaliGemma2Config, *, rngs: nnx.Rngs):
+        self.config = config
+        kwargs = {"param_dtype": config.param_dtype, "rngs": rngs}
+        self.img = Siglip(config.img, out_width=config.llm.width, **kwargs)
+        self.llm = Gemma2(config.llm, **kwargs)
+        if config.exit_layers:
+            self.exits = ExitHeads(len(config.exit_layers), config.llm.width, **kwargs)
+
+    def encode_frames(self, frames: Array) -> jax.Array:
+        """Frames to soft tokens, zimg.
+
+        Args:
+          frames: uint8[B, I, H, W, 3].
+
+        Returns:
+          float[B, I * P, D], frame after frame, patches row by row.
+        """
+        size = self.config.img.image_size
+        if frames.shape[2:] != (size, size, 3):
+            raise UserError(
+                f"frames must be {size} x {size} with 3 channels for this model, got "
+                f"{frames.shape=}; resize them, or change img.image_size"
+            )
+        pixels = jnp.asarray(frames, jnp.float32).reshape(-1, size, size, 3) / 127.5 - 1.0
+        pixels = constrain(pixels.astype(self.config.dtype), "batch", "seq", "seq", "seq")
+        zimg = self.img(pixels, remat_policy=self.config.remat_policy)
+        return zimg.reshape(frames.shape[0], -1, zimg.shape[-1])
+
+    def embed(self, frames: Array, tokens: Array, mask_ar: Array, mask_input: Array) -> Embedded:
+        """`encode_frames`, then `join`; shapes as there."""
+        return self.join(self.encode_frames(frames), tokens, mask_ar, mask_input)
+
+    def join(self, zimg: Array, tokens: Array, mask_ar: Array, mask_input: Array) -> Embedded:
+        """Puts image tokens in front of text.
+
+        Args:
+          zimg: float[B, M, D], any number of soft tokens; not scaled, unlike text.
+          tokens: int32[B, T], padded on the right or on the left.
+          mask_ar: bool[B, T], 1 = causal boundary.
+          mask_input: bool[B, T], 1 = real token.
+        """
+        B, M, _ = zimg.shape
+        ztxt = self.llm.embedder.encode(tokens, self.config.dtype)
+        mask_input = jnp.concatenate(
+            [jnp.ones((B, M), bool), jnp.asarray(mask_input, bool)], axis=1
+        )
+        return Embedded(
+            x=jnp.concatenate([zimg.astype(self.config.dtype), ztxt], axis=1),
+            mask_ar=jnp.concatenate([jnp.zeros((B, M), bool), jnp.asarray(mask_ar, bool)], axis=1),
+            mask_input=mask_input,
+            positions=masks.token_positions(mask_input),
+        )
+
+    def run_layers(
+        self,
+        embedded: Embedded,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        collect: Callable[[jax.Array], Any] | None = None,
+    ) -> tuple[Embedded, Any]:
+        """Runs the layers `start` to `stop` (half-open) of the language model.
+
+        Args:
+          embedded: what `embed` gives, or what an earlier call has left.
+          start: first layer to run.
+          stop: layer to stop in front of; None = all.
+          collect: what to keep of each layer's output, from float[B, S, D]; nothing else is kept.
+
+        Returns:
+          `embedded` with the new `x`, and what was collected with a leading axis of layers.
+        """
+        mask, local_mask = self._attn_masks(embedded)
+        x, collected = self.llm.run_layers(
+            embedded.x,
+            embedded.positions,
+            mask,
+            local_mask,
+            start=start,
+            stop=stop,
+            collect=collect,
+            remat_policy=self.config.remat_policy,
+        )
+        return dataclasses.replace(embedded, x=x), collected
+
+    def __call__(
+        self, batch: Batch, *, collect: Callable[[jax.Array], Any] | None = None
+    ) -> Output:
+        """One pass over frames and text, for training: everything that a loss may ask for.
+
+        Args:
+          batch: `frames`, `tokens`, `mask_ar` and `mask_input` are read.
+          collect: what else to keep of each layer's output, from float[B, S, D].
+        """
+        embedded = self.embed(batch.frames, batch.tokens, batch.mask_ar, batch.mask_input)
+        embedded, (rows, collected) = self.run_layers(
+            embedded,
+            collect=lambda x: (
+                embedded.last_prefix_row(x) if self.config.exit_layers else None,
+                collect(x) if collect else None,
+            ),
+        )
+        return Output(
+            pre_logits=self.llm.final_norm(embedded.x),
+            collected=collected,
+            exits=self._exit_scores(rows) if self.config.exit_layers else None,
+        )
+
+    def score(self, batch: Batch) -> ExitScores:
+        """The exit heads' scores; layers behind the last exit are not run.
+
+        Args:
+          batch: `frames`, `tokens`, `mask_ar` and `mask_input` are read. The suffix may be there
+            or not: the prefix does not see it.
+        """
+        assert self.config.exit_layers, "a model without exit_layers has no scores"
+        embedded = self.embed(batch.frames, batch.tokens, batch.mask_ar, batch.mask_input)
+        _, rows = self.run_layers(
+            embedded, stop=self.config.exit_layers[-1], collect=embedded.last_prefix_row
+        )
+        return self._exit_scores(rows)
+
+    def logits(self, pre_logits: jax.Array) -> jax.Array:
+        """float[..., D] -> float32[..., V]. Take the rows you need first: V is large."""
+        return self.llm.logits(pre_logits)
+
+    def prefill(self, embedded: Embedded, *, max_decode_len: int) -> tuple[jax.Array, KVCache]:
+        """Runs the prompt and keeps its keys and values, with room for what will be decoded.
+
+        Args:
+          embedded: the prompt, from `embed`.
+          max_decode_len: number of tokens that `decode_step` may be called for.
+
+        Returns:
+          pre_logits float[B, S, D] and the cache, in the compute dtype.
+        """
+        B, S = embedded.mask_input.shape
+        cache = self.llm.init_cache(B, S + max_decode_len, self.config.dtype)
+        mask, local_mask = jax.tree.map(
+            lambda m: jnp.pad(m, ((0, 0), (0, 0), (0, max_decode_len))),
+            self._attn_masks(embedded),
+        )
+        x, cache = self.llm.extend(
+            embedded.x, embedded.positions, embedded.mask_input, mask, local_mask, cache
+        )
+        return self.llm.final_norm(x), cache
+
+    def decode_step(self, tokens: Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        """Feeds one more token of each row.
+
+        Args:
+          tokens: int32[B].
+          cache: from `prefill` or the last step; a free slot must be left.
+
+        Returns:
+          pre_logits float[B, D] and the cache.
+        """
+        position = jnp.sum(cache.mask_input, axis=1, keepdims=True, dtype=jnp.int32)  # [B, 1]
+        x = self.llm.embedder.encode(tokens[:, None], self.config.dtype)
+        new = jnp.ones_like(position, bool)
+        # The new token sees itself, too.
+        write = functools.partial(
+            jax.lax.dynamic_update_slice_in_dim, start_index=cache.end_index, axis=1
+        )
+        mask = write(cache.mask_input, new)[:, None]
+        local_mask = None
+        if self.config.llm.sliding_window is not None:
+            # A decoded token is behind the prefix, so the prefix's exemption is not its own.
+            local_mask = mask & masks.sliding_window_mask(
+                position,
+                write(cache.positions, position),
+                ~new,
+                jnp.zeros_like(cache.mask_input),
+                self.config.llm.sliding_window,
+            )
+        x, cache = self.llm.extend(x, position, new, mask, local_mask, cache)
+        return self.llm.final_norm(x)[:, 0], cache
+
+    def _attn_masks(self, embedded: Embedded) -> tuple[jax.Array, jax.Array | None]:
+        mask = masks.make_attn_mask(embedded.mask_ar, embedded.mask_input)
+        if self.config.llm.sliding_window is None:
+            return mask, None
+        prefix = masks.in_prefix(embedded.mask_ar, embedded.mask_input)
+        window = masks.sliding_window_mask(
+            embedded.positions,
+            embedded.positions,
+            prefix,
+            prefix,
+            self.config.llm.sliding_window,
+        )
+        return mask, mask & window
+
+    def _exit_scores(self, rows: jax.Array) -> ExitScores:
+        """From float[L, B, D], the layers' outputs at the last prefix position."""
+        return self.exits(jnp.stack([rows[layer - 1] for layer in self.config.exit_layers]))
+
+
+def init_params(config: PaliGemma2Config, key: jax.Array) -> Params:
+    """Fresh parameters, each weight with the variance that keeps activations at unit scale.
+
+    To have them placed on a mesh as they are made, jit this with `static_argnums=0` and
+    `out_shardings=param_shardings(abstract_params(config), mesh)`.
+    """
+    return nnx.to_pure_dict(nnx.state(PaliGemma2(config, rngs=nnx.Rngs(key))))
+
+
+@functools.cache
+def _abstract(config: PaliGemma2Config) -> tuple[nnx.GraphDef, Params]:
+    model = nnx.eval_shape(lambda: PaliGemma2(config, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(model)
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def abstract_params(config: PaliGemma2Config) -> Params:
+    """Shapes and dtypes of `init_params`, computed without memory or time."""
+    return jax.tree.map(lambda leaf: leaf, _abstract(config)[1])
+
+
+def num_params(config: PaliGemma2Config) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
+
+
+def bind(config: PaliGemma2Config, params: Params) -> PaliGemma2:
+    """A model over `params`, to call methods of; nothing is copied.
+
+    Call it inside the function that is jitted or differentiated: gradients are taken with respect
+    to the dictionary.
+    """
+    graphdef, abstract = _abstract(config)
+    assert jax.tree.structure(params) == jax.tree.structure(abstract), (
+        "parameters of another model: "
+        f"{sorted(set(_paths(params)) ^ set(_paths(abstract)))} are on one side only"
+    )
+    return nnx.merge(graphdef, params)
+
+
+def _paths(params: Params) -> list[str]:
+    return [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, _ in jax.tree.leaves_with_path(params)
+    ]

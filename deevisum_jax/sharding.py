@@ -1,0 +1,234 @@
+"""Where arrays live: mesh axes, and the one table from a parameter's path to its axes.
+
+The model carries no sharding metadata. A parameter's path matches exactly one row of `PARAM_AXES`,
+which names the meaning of each of its dimensions (logical axes); `RULES` says over which mesh axes
+a logical axis is split. Mesh axes: `data` (replicas), `fsdp` (parameter shards), `tensor` (tensor
+parallelism). The batch is split over `data` and `fsdp` together.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from deevisum_jax.errors import UserError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# Nested dictionary with arrays, abstract arrays or shardings as leaves.
+Tree = dict[str, Any]
+
+# Logical axis -> mesh axes. Every logical axis in use has a row, so that a typing error is an
+# error. Three kinds stay whole on every device: what a scan walks over (layers, exits), what is
+# tiny (norm: vectors of a norm or a bias; patch: the 14 x 14 x 3 patch kernel and the position
+# table, 3 MB together in the 3B model; classes), and what a norm or a softmax needs whole.
+RULES: dict[str, tuple[str, ...]] = {
+    # Parameters.
+    "layers": (),
+    "exits": (),
+    "vocab": ("tensor",),
+    "embed": ("fsdp",),
+    "mlp": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "qkv": (),  # the pair of key and value, or of gate and up
+    "norm": (),
+    "patch": (),
+    "classes": (),
+    # Activations. `embed` is taken by the parameters' shards, hence a name of its own.
+    "batch": ("data", "fsdp"),
+    "lookup_batch": ("data",),  # of token embeddings that are still split over fsdp
+    "seq": (),
+    "act_embed": (),
+}
+
+# Path regex (whole path, "/" between names) -> logical axes, one per dimension.
+PARAM_AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (r"img/embedding/kernel", ("patch", "patch", "patch", "norm")),
+    (r"img/pos_embedding", ("patch", "patch", "norm")),
+    (r"img/(embedding|head)/bias", ("norm",)),
+    (r"img/head/kernel", ("norm", "embed")),
+    (r"img/Transformer/encoder_norm/(scale|bias)", ("norm",)),
+    (r"img/Transformer/encoderblock/ln[12]/(scale|bias)", ("layers", "norm")),
+    (r"img/Transformer/encoderblock/mlp/fc1/kernel", ("layers", "embed", "mlp")),
+    (r"img/Transformer/encoderblock/mlp/fc1/bias", ("layers", "mlp")),
+    (r"img/Transformer/encoderblock/mlp/fc2/kernel", ("layers", "mlp", "embed")),
+    (r"img/Transformer/encoderblock/(mlp/fc2|attn/out)/bias", ("layers", "norm")),
+    (
+        r"img/Transformer/encoderblock/attn/(query|key|value)/kernel",
+        ("layers", "embed", "heads", "head_dim"),
+    ),
+    (
+        r"img/Transformer/encoderblock/attn/(query|key|value)/bias",
+        ("layers", "heads", "head_dim"),
+    ),
+    (r"img/Transformer/encoderblock/attn/out/kernel", ("layers", "heads", "head_dim", "embed")),
+    (r"llm/embedder/input_embedding", ("vocab", "embed")),
+    (r"llm/final_norm/scale", ("norm",)),
+    (r"llm/layers/(pre|post)_(attention|ffw)_norm/scale", ("layers", "norm")),
+    (r"llm/layers/attn/q_einsum/w", ("layers", "heads", "embed", "head_dim")),
+    (r"llm/layers/attn/kv_einsum/w", ("layers", "qkv", "kv_heads", "embed", "head_dim")),
+    (r"llm/layers/attn/attn_vec_einsum/w", ("layers", "heads", "head_dim", "embed")),
+    (r"llm/layers/mlp/gating_einsum", ("layers", "qkv", "embed", "mlp")),
+    (r"llm/layers/mlp/linear", ("layers", "mlp", "embed")),
+    (r"exits/norm/scale", ("exits", "norm")),
+    (r"exits/(classifier|importance)/kernel", ("exits", "norm", "classes")),
+    (r"exits/(classifier|importance)/bias", ("exits", "classes")),
+)
+
+
+def make_mesh(*, data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> Mesh:
+    """A mesh with axes `data`, `fsdp`, `tensor`; one of the sizes may be -1 (all that is left).
+
+    Use it with `jax.set_mesh(mesh)`; `with mesh:` does not reach `constrain`.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise UserError(
+            f"mesh sizes are at least 1, and at most one may be -1 (all that is left): got {sizes}"
+        )
+    taken = 1
+    for size in sizes.values():
+        taken *= size if size != -1 else 1
+    if free:
+        sizes[free[0]] = len(devices) // taken
+    if taken * (sizes[free[0]] if free else 1) != len(devices):
+        raise UserError(
+            f"mesh sizes {sizes} do not multiply to the number of devices, {len(devices)}; "
+            "set one of them to -1 to take what is left"
+        )
+    # Auto: the compiler propagates shardings from the parameters and `constrain`. The default of
+    # `jax.make_mesh` is Explicit, which would put shardings into every type.
+    return jax.make_mesh(
+        tuple(sizes.values()),
+        MESH_AXES,
+        axis_types=(AxisType.Auto,) * len(MESH_AXES),
+        devices=devices,
+    )
+
+
+def logical_axes(path: str, ndim: int) -> tuple[str, ...]:
+    """The logical axes of the parameter at `path`, for instance `llm/layers/mlp/linear`.
+
+    Raises:
+      UserError: no row of `PARAM_AXES` matches the path, or more than one does, or the row has
+        another number of dimensions.
+    """
+    rows = [(regex, axes) for regex, axes in PARAM_AXES if re.fullmatch(regex, path)]
+    if len(rows) != 1:
+        found = ", ".join(repr(regex) for regex, _ in rows) or "none"
+        raise UserError(
+            f"parameter {path!r} must match exactly one row of sharding.PARAM_AXES, got {found}; "
+            "give it a row of its own"
+        )
+    [(regex, axes)] = rows
+    if len(axes) != ndim:
+        raise UserError(
+            f"parameter {path!r} has {ndim} dimensions, but its row {regex!r} of "
+            f"sharding.PARAM_AXES names {len(axes)}: {axes}"
+        )
+    return axes
+
+
+def partition_spec(axes: tuple[str, ...]) -> P:
+    """Logical axes -> the mesh axes of each dimension, by `RULES`."""
+    return P(*((RULES[axis] or None) for axis in axes))
+
+
+def validate(abstract_params: Tree, mesh: Mesh) -> None:
+    """Refuses a mesh that does not divide the parameters, naming all of them at once.
+
+    Nothing is replicated silently instead: the memory plan of a run would not hold any more.
+
+    Raises:
+      UserError: a dimension is not a multiple of the mesh axes that split it.
+    """
+    offenders = []
+    for path, leaf in _leaves(abstract_params):
+        for dim, axis in enumerate(logical_axes(path, leaf.ndim)):
+            split = 1
+            for mesh_axis in RULES[axis]:
+                split *= mesh.shape[mesh_axis]
+            if leaf.shape[dim] % split:
+                offenders.append(
+                    f"{path} {leaf.shape}: {axis} = {leaf.shape[dim]} over "
+                    f"{' x '.join(RULES[axis])} = {split}"
+                )
+    if offenders:
+        raise UserError(
+            f"the mesh {dict(mesh.shape)} does not divide these parameters; choose sizes of fsdp "
+            "and tensor that do, and give the rest to data:\n  " + "\n  ".join(offenders)
+        )
+
+
+def param_shardings(abstract_params: Tree, mesh: Mesh) -> Tree:
+    """The sharding of every parameter, as a tree of the same shape.
+
+    Args:
+      abstract_params: nested dictionary of anything with `shape` and `ndim`.
+      mesh: a mesh of `make_mesh`.
+
+    Raises:
+      UserError: as `logical_axes` and `validate`.
+    """
+    validate(abstract_params, mesh)
+    return jax.tree.map_with_path(
+        lambda path, leaf: NamedSharding(
+            mesh, partition_spec(logical_axes(_name(path), leaf.ndim))
+        ),
+        abstract_params,
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """How a `Batch` is placed: the first dimension over `data` and `fsdp`, the rest whole."""
+    return NamedSharding(mesh, P(RULES["batch"]))
+
+
+def check_batch(name: str, size: int, mesh: Mesh) -> None:
+    """Refuses a global batch that the mesh does not divide.
+
+    Raises:
+      UserError: `size` is no multiple of the devices along `data` and `fsdp`.
+    """
+    split = mesh.shape["data"] * mesh.shape["fsdp"]
+    if size % split:
+        raise UserError(
+            f"{name}={size} is not divisible by the mesh's data x fsdp = {split}; use a multiple "
+            f"of {split}, or give more devices to tensor"
+        )
+
+
+def constrain(x: jax.Array, *axes: str) -> jax.Array:
+    """Tells the compiler how an activation is split; does nothing when no mesh is set.
+
+    Args:
+      x: an activation under `jax.jit`, or any array outside of a mesh.
+      *axes: logical axis of each dimension of `x`, for instance `"batch", "seq", "act_embed"`.
+    """
+    assert len(axes) == x.ndim, f"{axes=} for an array of shape {x.shape}"
+    # What `jax.set_mesh` sets. A legacy `with mesh:` leaves it empty.
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes))
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _leaves(params: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for path, leaf in jax.tree.leaves_with_path(params):
+        yield _name(path), leaf

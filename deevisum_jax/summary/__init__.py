@@ -1,0 +1,1 @@
+"""From segment scores to a summary: shots, knapsack, protocols, the film and the report."""

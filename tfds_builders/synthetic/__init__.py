@@ -1,0 +1,1 @@
+"""Synthetic videos whose important moments need picture, text and sound together."""
