@@ -1,4 +1,4 @@
-"""A small student on the synthetic data set: data, training and evaluation on one CPU in minutes."""
+"""A small student on the synthetic data set: data, training and evaluation on one CPU."""
 
 import ml_collections
 

@@ -34,7 +34,8 @@ class DataConfig:
     tokenizer: str = ""  # path of paligemma_tokenizer.model; "" trains one on the data set's text
     vocab_size: int = 1024  # text pieces at most, when the tokenizer is trained
     template: str = "deevisum"  # a prompt template's name or path
-    text_len: int = 64  # T, tokens of text per segment
+    text_len: int = 64  # tokens of the prompt, the separator and the label word
+    caption_len: int = 0  # tokens of a caption that the student also learns to tell; 0 = none
     num_frames: int = 2  # I, pictures per segment
     segment_s: float = 2.0  # seconds per segment
     label_fraction: float = 0.25  # share of a video's segments labelled as summary

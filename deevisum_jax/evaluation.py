@@ -15,6 +15,7 @@ from deevisum_jax.inference.cost import score_flops
 from deevisum_jax.models.paligemma2 import PaliGemma2Config
 from deevisum_jax.summary import protocols
 from deevisum_jax.summary.protocols import Result, VideoGroundTruth
+from deevisum_jax.summary.report import RunReport
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,46 +122,93 @@ def early_exit_cost(
     }
 
 
-def run_report(
-    rows: Mapping[str, Result],
+def report_json(
+    models: Mapping[str, Result],
+    baselines: Mapping[str, Result],
     left_out: Mapping[str, Result],
     cost: Mapping[str, Any],
     *,
-    exit_layers: Sequence[int],
     steps: int,
 ) -> dict[str, Any]:
-    """The content of report.json. Headline numbers are the last exit's, the full model's.
+    """The content of report.json. The headline is the deepest exit's, the full model's.
 
     Args:
-      rows: results by name, exits and baselines.
+      models: of `evaluate_exits`.
+      baselines: of `protocols.baseline_rows`.
       left_out: results without one input, by input.
       cost: of `early_exit_cost`.
-      exit_layers: the model's.
       steps: updates that the evaluated parameters have seen.
     """
-    model, early = rows[f"exit_{exit_layers[-1]}"], rows["early_exit"]
+    *exits, _ = models
+    model, early = models[exits[-1]], models["early_exit"]
     numbers = lambda result: {name: getattr(result, name) for name in ("tau", "rho", "f1")}
     return {
         **numbers(model),
         "f1_early_exit": early.f1,
         "tau_early_exit": early.tau,
         **cost,
-        # Every exit is scored in one pass here; time is saved by executing stages, not by choosing.
+        # Here all exits are read off one full pass. Time is saved by running the model in stages.
         "wall_saved": None,
         "steps": steps,
         "protocols": dict(model.protocols),
-        "rows": {name: numbers(result) for name, result in rows.items()},
-        "row_protocols": {
-            name: result.protocols["row"]
-            for name, result in rows.items()
-            if "row" in result.protocols
-        },
+        "rows": {name: numbers(result) for name, result in {**models, **baselines}.items()},
+        "row_protocols": {name: row.protocols["row"] for name, row in baselines.items()},
         "left_out": {name: numbers(result) for name, result in left_out.items()},
-        "per_video": {
-            result.video_id: {"tau": result.tau, "rho": result.rho, "f1": result.f1}
-            for result in model.per_video
-        },
+        "per_video": {result.video_id: numbers(result) for result in model.per_video},
     }
+
+
+def report_page(
+    models: Mapping[str, Result],
+    baselines: Mapping[str, Result],
+    left_out: Mapping[str, Result],
+    cost: Mapping[str, Any],
+    *,
+    config: Config,
+    history: Sequence[Mapping[str, float]],
+) -> RunReport:
+    """The content of report.html; arguments as of `report_json`.
+
+    Args:
+      models: as there.
+      baselines: as there.
+      left_out: as there.
+      cost: as there.
+      config: shown at the end.
+      history: logged lines of metrics.jsonl.
+    """
+    *exits, _ = models
+    full = models[exits[-1]]
+    losses = {
+        name: zip(*((line["step"], line[name]) for line in history if name in line), strict=True)
+        for name in ("loss/total", "validation/tau")
+    }
+    return RunReport(
+        title=f"{config.model.variant} on {config.data.dataset}",
+        models=models,
+        baselines=baselines,
+        exits=[
+            {
+                "layer": layer,
+                "tau": models[f"exit_{layer}"].tau,
+                "rho": models[f"exit_{layer}"].rho,
+                "F1": models[f"exit_{layer}"].f1,
+                "share that leaves here": cost["exit_rate"][str(layer)],
+            }
+            for layer in config.model.exit_layers
+        ],
+        ablation=[
+            {"left out": name, "tau": row.tau, "rho": row.rho, "F1": row.f1}
+            for name, row in {"nothing": full, **left_out}.items()
+        ],
+        losses={name: tuple(map(list, curve)) for name, curve in losses.items()},
+        config=dataclasses.asdict(config),
+        facts={
+            "layers run on average": f"{cost['avg_depth']:.2f} of {config.model.exit_layers[-1]}",
+            "FLOPs saved by early exit": f"{100 * cost['compute_saved']:.1f} %",
+            "exit threshold": cost["exit_threshold"],
+        },
+    )
 
 
 def table(report: Mapping[str, Any]) -> str:

@@ -112,13 +112,24 @@ def model_config(config: Config, tokens: Tokenizer) -> paligemma2.PaliGemma2Conf
     return made
 
 
-def make_encoder(config: Config, tokens: Tokenizer, image_size: int) -> SegmentEncoder:
-    """What turns a segment of a video into the fields of a `Batch`."""
+def make_encoder(
+    config: Config, tokens: Tokenizer, image_size: int, *, captions: bool = False
+) -> SegmentEncoder:
+    """What turns a segment of a video into the fields of a `Batch`.
+
+    Args:
+      config: names the template, the lengths and what is left out.
+      tokens: the run's tokenizer.
+      image_size: height and width of the model's pictures, pixels.
+      captions: with room for `data.caption_len` tokens of a caption, as in training; scoring reads
+        the label's place and has no use for them.
+    """
     return SegmentEncoder(
         prompts=prompts.PromptEncoder(
             tokenizer=tokens,
             template=prompts.load_template(config.data.template),
             text_len=config.data.text_len,
+            caption_len=config.data.caption_len if captions else 0,
         ),
         num_frames=config.data.num_frames,
         image_size=image_size,

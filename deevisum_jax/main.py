@@ -31,7 +31,7 @@ from deevisum_jax import (
 from deevisum_jax import config as config_lib
 from deevisum_jax.config import Config
 from deevisum_jax.data import pipeline
-from deevisum_jax.data.segments import INPUTS, SegmentEncoder
+from deevisum_jax.data.segments import INPUTS
 from deevisum_jax.errors import UserError, exits_on_user_error
 from deevisum_jax.files import write_whole
 from deevisum_jax.inference import scoring
@@ -116,8 +116,8 @@ class Run:
             self.dataset.split(split)  # a wrong name is better known before training than after
         self.tokenizer = experiment.make_tokenizer(config, workdir, self.dataset.split("train"))
         self.model_config = experiment.model_config(config, self.tokenizer)
-        self.encoder = experiment.make_encoder(
-            config, self.tokenizer, self.model_config.img.image_size
+        self.make_encoder = functools.partial(
+            experiment.make_encoder, config, self.tokenizer, self.model_config.img.image_size
         )
 
         # ---- Model and optimizer: shapes and shardings before any array ----
@@ -139,14 +139,16 @@ class Run:
         config = self.config
         # ---- Input: shuffled segments, an iterator that can be saved ----
         data_iter = pipeline.train_iterator(
-            experiment.make_source(config, self.dataset.split("train"), self.encoder),
+            experiment.make_source(
+                config, self.dataset.split("train"), self.make_encoder(captions=True)
+            ),
             batch_size=config.batch_size,
             seed=config.seed,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             num_threads=config.data.num_threads,
         )
-        validation = self._split(config.eval.validation_split, self.encoder)
+        validation = self._split(config.eval.validation_split)
         # ---- Update: one compiled function, the state donated ----
         update = jax.jit(
             train_step.make_train_step(
@@ -196,16 +198,17 @@ class Run:
             step = saved.best_step
             params = saved.restore_params(step, self._abstract_params)
         # ---- Predictions: with everything, and with one input left out ----
-        test = self._split(config.eval.test_split, self.encoder)
+        test = self._split(config.eval.test_split)
         full = self._predict(params, test)
-        rows = evaluation.evaluate_exits(test.truths, full, config, self.model_config)
+        models = evaluation.evaluate_exits(test.truths, full, config, self.model_config)
         left_out = {}
         for name in INPUTS if config.eval.ablate_inputs else ():
-            encoder = dataclasses.replace(self.encoder, left_out=(*config.data.left_out, name))
-            blind = self._predict(params, self._split(config.eval.test_split, encoder))
+            blind = self._predict(
+                params, dataclasses.replace(test, source=test.source.without(name))
+            )
             left_out[name] = evaluation.evaluate(test.truths, blind, evaluation.deepest, config)
         # ---- Rows that need no model ----
-        rows |= protocols.baseline_rows(
+        baselines = protocols.baseline_rows(
             evaluation.ground_truths(self.dataset.split("train")),
             test.truths,
             seed=config.seed,
@@ -213,19 +216,18 @@ class Run:
             f1=config.eval.f1,
         )
         # ---- Report ----
-        result = evaluation.run_report(
-            rows,
+        parts = (
+            models,
+            baselines,
             left_out,
             evaluation.early_exit_cost(full, config, self.model_config),
-            exit_layers=self.model_config.exit_layers,
-            steps=step,
         )
+        result = evaluation.report_json(*parts, steps=step)
         write_whole(self.workdir / "report.json", json.dumps(result, indent=2) + "\n")
+        history = training_log.read_metrics(self.workdir / training_log.METRICS_FILE)
         report.write_run_report(
             self.workdir / "report.html",
-            result,
-            config=dataclasses.asdict(config),
-            history=training_log.read_metrics(self.workdir / training_log.METRICS_FILE),
+            evaluation.report_page(*parts, config=config, history=history),
         )
         print(evaluation.table(result))
 
@@ -256,11 +258,11 @@ class Run:
         start = lambda params: train_step.init_state(params, self.tx, self.config.optim.frozen)
         return jax.jit(start, out_shardings=self.shardings)(params)
 
-    def _split(self, name: str, encoder: SegmentEncoder) -> Split:
+    def _split(self, name: str) -> Split:
         records = self.dataset.split(name)
         return Split(
             truths=evaluation.ground_truths(records),
-            source=experiment.make_source(self.config, records, encoder),
+            source=experiment.make_source(self.config, records, self.make_encoder()),
         )
 
     def _predict(self, params: optim.Params, split: Split) -> evaluation.Prediction:

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.exit_threshold is not _THE_RUNS:
             threshold = args.exit_threshold
         summary = summarize(film, student, budget=args.budget, threshold=threshold)
-        write_outputs(film, summary, folder)
+        write_outputs(film, summary, folder, num_layers=student.model_config.llm.depth)
     print(
         f"{args.out}: {summary['selected_s']:.1f} s of {summary['duration_s']:.1f} s in "
         f"{sum(shot['selected'] for shot in summary['shots'])} shots"
@@ -248,10 +248,12 @@ def summarize(
     )
     frame_scores = segment_scores[np.searchsorted(bounds[1:, 0], native.native_times, "right")]
     shot_scores = select.shot_scores(frame_scores, found)
-    # ---- Choice: a knapsack in milliseconds, since frame rates may vary ----
+    # ---- Choice: a knapsack in milliseconds, since frame rates may vary. A shot is worth its score
+    # times its length: with the bare means of the published evaluations, scraps would win ----
+    lengths_s = np.array([shot.end_s - shot.start_s for shot in found])
     chosen = select.select_summary(
-        shot_scores,
-        np.array([math.ceil(1000 * (shot.end_s - shot.start_s)) for shot in found]),
+        shot_scores * lengths_s,
+        np.ceil(1000 * lengths_s).astype(int),
         math.floor(1000 * duration_s),
         budget,
     )
@@ -292,7 +294,9 @@ def summarize(
     }
 
 
-def write_outputs(film: Film, summary: dict[str, Any], folder: pathlib.Path) -> None:
+def write_outputs(
+    film: Film, summary: dict[str, Any], folder: pathlib.Path, *, num_layers: int
+) -> None:
     """Writes summary.mp4, summary.json, keyframes/ and report.html into `folder`."""
     kept = [(shot["start_s"], shot["end_s"]) for shot in summary["shots"] if shot["selected"]]
     render.render_summary(film.path, kept, folder / "summary.mp4")
@@ -304,7 +308,14 @@ def write_outputs(film: Film, summary: dict[str, Any], folder: pathlib.Path) -> 
     stills = render.save_keyframes(film.path, times, folder / "keyframes")
     write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     report.write_video_report(
-        folder / "report.html", summary, keyframes=stills, transcript=film.video.cues
+        folder / "report.html",
+        summary,
+        title=film.video.title,
+        keyframes=stills,
+        transcript=[(cue.start_s, cue.end_s, cue.text) for cue in film.video.cues],
+        notes=film.notes,
+        film="summary.mp4",
+        num_layers=num_layers,
     )
 
 

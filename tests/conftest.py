@@ -6,12 +6,21 @@ import pathlib
 # Before the first import of jax, which reads both once. Eight devices make every sharding test real.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8"
+    # What is compiled here runs for milliseconds, so code is better had soon than fast.
+    + " --xla_backend_optimization_level=0"
 ).strip()
 
+import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from deevisum_jax import config as config_lib
+from deevisum_jax import datasets
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
+TINY_CONFIG = REPO / "tests" / "tiny_config.py"
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +30,32 @@ def shared_data() -> pathlib.Path:
     if not folder.is_dir():
         pytest.skip(f"real data not at hand: {folder} is no folder (set DEEVISUM_DATA)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory) -> pathlib.Path:
+    """Folder with the built data set `synthetic/tiny`."""
+    folder = tmp_path_factory.mktemp("data_sets")
+    datasets.Dataset("synthetic/tiny", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_config(data_dir):
+    """Makes the `Config` of tests/tiny_config.py with overrides, such as `"data.num_frames=2"`."""
+
+    def make(*overrides: str) -> config_lib.Config:
+        return config_lib.from_file(str(TINY_CONFIG), (f"data.data_dir={data_dir}", *overrides))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def compile_once(tmp_path_factory):
+    """Runs of one program in one session compile it once."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()

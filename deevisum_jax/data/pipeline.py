@@ -7,6 +7,7 @@ shards it by process, batches it and gives an iterator whose position can be sav
 from __future__ import annotations
 
 import collections
+import copy
 import dataclasses
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -32,9 +33,14 @@ def video_from_record(record: Record) -> Video:
         duration_s=float(record["duration_s"]),
         frames=record["frames"],
         frame_times=np.asarray(record["frame_times"]),
-        cues=[Cue(line["start"], line["end"], line["text"]) for line in record["transcript"]],
+        cues=_cues(record["transcript"]),
         waveform=waveform.astype(np.float32) / 32768.0 if waveform.size else None,
+        captions=_cues(record["captions"]),
     )
+
+
+def _cues(lines: Iterable[Mapping[str, Any]]) -> list[Cue]:
+    return [Cue(line["start"], line["end"], line["text"]) for line in lines]
 
 
 def texts(records: Iterable[Record], template: PromptTemplate) -> Iterator[str]:
@@ -97,11 +103,8 @@ class SegmentSource:
     ) -> None:
         if not len(records):
             raise UserError("the data set split holds no videos; choose another split or build it")
-        self._records, self._encoder = records, encoder
-        self._cache_bytes = cache_mib * 2**20
-        self._cache: collections.OrderedDict[int, _CachedVideo] = collections.OrderedDict()
-        self._cached_bytes = 0
-        self._lock = threading.Lock()
+        self._encoder = encoder
+        self._videos = _VideoCache(records, cache_mib * 2**20)
         self.bounds: list[np.ndarray] = []
         self._targets: list[Targets] = []
         for record in records:
@@ -119,12 +122,19 @@ class SegmentSource:
         start_s, end_s = self.bounds[row][segment]
         targets = self._targets[row]
         label = int(targets.label[segment])
-        cached = self._video(row)
-        if segment not in cached.text:  # two threads may both do it; the result is the same
-            cached.text[segment] = self._encoder.text(cached.video, start_s, end_s, label=label)
+        cached = self._videos[row]
+        # Two threads may both fill a place; they fill it with the same.
+        heard = ("sound" not in self._encoder.left_out, segment)
+        if heard not in cached.sound:
+            cached.sound[heard] = self._encoder.sound(cached.video, start_s, end_s)
+        read = (self._encoder.left_out, segment)
+        if read not in cached.text:
+            cached.text[read] = self._encoder.text(
+                cached.video, start_s, end_s, sound=cached.sound[heard], label=label
+            )
         return {
             "frames": self._encoder.frames(cached.video, start_s, end_s),
-            **cached.text[segment],
+            **cached.text[read],
             "label": np.int32(label),
             "score": targets.score[segment],
             "video_id": np.int32(row),
@@ -132,19 +142,16 @@ class SegmentSource:
             "valid": np.True_,
         }
 
-    def _video(self, row: int) -> _CachedVideo:
-        with self._lock:
-            if row in self._cache:
-                self._cache.move_to_end(row)
-                return self._cache[row]
-        cached = _CachedVideo(video_from_record(self._records[row]))
-        with self._lock:
-            if row not in self._cache:
-                self._cache[row] = cached
-                self._cached_bytes += cached.num_bytes
-            while self._cached_bytes > self._cache_bytes and len(self._cache) > 1:
-                self._cached_bytes -= self._cache.popitem(last=False)[1].num_bytes
-        return cached
+    def without(self, *inputs: str) -> SegmentSource:
+        """The same segments with some of `segments.INPUTS` withheld; decoded videos are shared.
+
+        Raises:
+          UserError: an input of another name.
+        """
+        other = copy.copy(self)
+        left_out = tuple(dict.fromkeys((*self._encoder.left_out, *inputs)))
+        other._encoder = dataclasses.replace(self._encoder, left_out=left_out)
+        return other
 
 
 class VideoSegments(Sequence):
@@ -161,7 +168,13 @@ class VideoSegments(Sequence):
         return {
             "frames": self._encoder.frames(self._video, start_s, end_s),
             # The scores are read in front of the label, which is any.
-            **self._encoder.text(self._video, start_s, end_s, label=0),
+            **self._encoder.text(
+                self._video,
+                start_s,
+                end_s,
+                sound=self._encoder.sound(self._video, start_s, end_s),
+                label=0,
+            ),
             "label": np.int32(0),
             "score": np.float32(0),
             "video_id": np.int32(0),
@@ -173,9 +186,33 @@ class VideoSegments(Sequence):
 class _CachedVideo:
     def __init__(self, video: Video) -> None:
         self.video = video
-        self.text: dict[int, dict[str, np.ndarray]] = {}
+        self.sound: dict[tuple[bool, int], str] = {}
+        self.text: dict[tuple[tuple[str, ...], int], dict[str, np.ndarray]] = {}
         sound_bytes = 0 if video.waveform is None else video.waveform.nbytes
         self.num_bytes = sum(len(frame) for frame in video.frames) + sound_bytes
+
+
+class _VideoCache:
+    """The most recently used videos of a list of records, up to a number of bytes."""
+
+    def __init__(self, records: Sequence[Record], max_bytes: int) -> None:
+        self._records, self._max_bytes, self._bytes = records, max_bytes, 0
+        self._videos: collections.OrderedDict[int, _CachedVideo] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def __getitem__(self, row: int) -> _CachedVideo:
+        with self._lock:
+            if row in self._videos:
+                self._videos.move_to_end(row)
+                return self._videos[row]
+        cached = _CachedVideo(video_from_record(self._records[row]))
+        with self._lock:
+            if row not in self._videos:
+                self._videos[row] = cached
+                self._bytes += cached.num_bytes
+            while self._bytes > self._max_bytes and len(self._videos) > 1:
+                self._bytes -= self._videos.popitem(last=False)[1].num_bytes
+        return cached
 
 
 def train_iterator(

@@ -76,7 +76,8 @@ class PromptEncoder:
 
     tokenizer: Tokenizer
     template: PromptTemplate
-    text_len: int  # T, tokens of text per segment, suffix and separator included
+    text_len: int  # tokens of the prompt, the separator and the label word
+    caption_len: int = 0  # tokens of a caption behind the label word; T = text_len + caption_len
 
     def __post_init__(self) -> None:
         needed = 1 + len(self.tokenizer.separator) + max(map(len, self._suffixes()))
@@ -96,24 +97,30 @@ class PromptEncoder:
         return [[*self.tokenizer.encode(word), EOS] for word in LABEL_WORDS]
 
     @property
+    def num_tokens(self) -> int:
+        """T, the length of what `encode` gives."""
+        return self.text_len + self.caption_len
+
+    @property
     def label_tokens(self) -> tuple[int, int]:
         """First token of the words for not-summary and summary."""
         no, yes = (suffix[0] for suffix in self._suffixes())
         return no, yes
 
     def encode(
-        self, *, title: str, transcript: str, sound: str, label: int
+        self, *, title: str, transcript: str, sound: str, label: int, caption: str = ""
     ) -> dict[str, np.ndarray]:
         """Tokens and masks of one segment.
 
         What does not fit is cut from the end of the transcript, then of the title; never from the
-        sound, the separator or the target.
+        sound, the separator or the label. A caption is cut to `caption_len`.
 
         Args:
           title: the video's title.
           transcript: what is said in and around the segment.
           sound: what the sound is like, in words.
           label: 0 or 1, the target.
+          caption: what is seen and heard, told after the label.
 
         Returns:
           `tokens int32[T]`, `mask_ar`, `mask_input` and `mask_loss` `bool[T]`.
@@ -121,12 +128,14 @@ class PromptEncoder:
         suffix = self._suffixes()[label]
         separator = self.tokenizer.separator
         budget = self.text_len - 1 - len(separator) - len(suffix)
-        prefix = self._fit(title, transcript, sound, budget)
-        tokens = [BOS, *prefix, *separator, *suffix]
-        num_prefix, num_real = len(tokens) - len(suffix), len(tokens)
-        position = np.arange(self.text_len)
+        prefix = [BOS, *self._fit(title, transcript, sound, budget), *separator]
+        if caption and self.caption_len:
+            told = self.tokenizer.encode(f" {caption}")[: self.caption_len]
+            suffix = [*suffix[:-1], *told, EOS]
+        T, num_prefix, num_real = self.num_tokens, len(prefix), len(prefix) + len(suffix)
+        position = np.arange(T)
         return {
-            "tokens": np.array(tokens + [PAD] * (self.text_len - num_real), np.int32),
+            "tokens": np.array([*prefix, *suffix] + [PAD] * (T - num_real), np.int32),
             "mask_ar": position >= num_prefix,
             "mask_input": position < num_real,
             "mask_loss": (position >= num_prefix) & (position < num_real),

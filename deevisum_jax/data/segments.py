@@ -33,6 +33,7 @@ class Video:
     frame_times: np.ndarray  # float[N]
     cues: Sequence[subtitles.Cue]
     waveform: np.ndarray | None  # float32[n], 16 kHz mono
+    captions: Sequence[subtitles.Cue] = ()  # what is seen and heard, told by people; for training
 
 
 def segment_bounds(duration_s: float, segment_s: float) -> np.ndarray:
@@ -71,19 +72,30 @@ class SegmentEncoder:
         nearest = np.abs(np.asarray(video.frame_times)[None] - instants[:, None]).argmin(axis=1)
         return np.stack([_picture(video.frames[i], size) for i in nearest])
 
+    def sound(self, video: Video, start_s: float, end_s: float) -> str:
+        """What a segment sounds like, in words; costs some milliseconds, so keep it."""
+        if "sound" in self.left_out:
+            return ""
+        if video.waveform is None:
+            return audio.describe(None)
+        first, last = round(start_s * audio.SAMPLE_RATE), round(end_s * audio.SAMPLE_RATE)
+        return audio.describe(video.waveform[first:last])
+
     def text(
-        self, video: Video, start_s: float, end_s: float, *, label: int
+        self, video: Video, start_s: float, end_s: float, *, sound: str, label: int
     ) -> dict[str, np.ndarray]:
-        """Tokens and masks of a segment; see `PromptEncoder.encode`."""
-        heard = video.waveform
-        if heard is not None:
-            heard = heard[int(start_s * audio.SAMPLE_RATE) : int(end_s * audio.SAMPLE_RATE)]
+        """Tokens and masks of a segment that sounds like `sound`; see `PromptEncoder.encode`.
+
+        The caption is the one at the middle of the segment, if the video has captions.
+        """
+        centre = (start_s + end_s) / 2
         has_text = "text" not in self.left_out
         return self.prompts.encode(
             title=video.title if has_text else "",
             transcript=subtitles.text_between(video.cues, start_s, end_s) if has_text else "",
-            sound=audio.describe(heard) if "sound" not in self.left_out else "",
+            sound=sound,
             label=label,
+            caption=subtitles.text_between(video.captions, centre, centre),
         )
 
 

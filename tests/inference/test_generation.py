@@ -58,7 +58,7 @@ def test_greedy_tokens_are_hugging_faces(window):
     got = greedy(ref, prompt)
     np.testing.assert_array_equal(got.tokens, theirs[:, -NEW:])
     assert got.length.tolist() == [NEW, NEW]
-    assert len(set(got.tokens[0].tolist())) > NEW / 4, "a repeated word would prove little"
+    assert len(set(got.tokens[0].tolist())) >= 5, "one repeated word would prove little"
 
 
 @pytest.mark.parametrize("window", [4096, 3])

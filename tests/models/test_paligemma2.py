@@ -226,6 +226,22 @@ def test_stages_with_fewer_rows_equal_one_pass(tiny):
     np.testing.assert_allclose(got.importance[0], scores.importance[1, [2, 0]], atol=1e-5)
 
 
+def test_a_stage_does_not_copy_the_weights_of_its_layers():
+    config = get_config("quickstart_student")
+    params = abstract_params(config)
+    embedded = Embedded(
+        x=jax.ShapeDtypeStruct((1, 8, 128), jnp.float32),
+        mask_ar=jax.ShapeDtypeStruct((1, 8), bool),
+        mask_input=jax.ShapeDtypeStruct((1, 8), bool),
+        positions=jax.ShapeDtypeStruct((1, 8), jnp.int32),
+    )
+    stage = jax.jit(lambda params, embedded: bind(config, params).run_layers(embedded, stop=5))
+    memory = stage.lower(params, embedded).compile().memory_analysis()
+    layer = sum(4 * leaf.size for leaf in jax.tree.leaves(params["llm"]["layers"])) / 6
+    # The weights of the layer at work, never those of all five.
+    assert memory.temp_size_in_bytes < 2 * layer
+
+
 def test_bfloat16_activations_over_float32_parameters(tiny):
     config, params = tiny
     half = dataclasses.replace(config, dtype="bfloat16")

@@ -1,0 +1,260 @@
+"""Which segments come in which order, for whom, and what the annotators make of them."""
+
+import io
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from deevisum_jax.data import pipeline
+from deevisum_jax.data.pipeline import SegmentSource, in_order, targets_of, train_iterator
+from deevisum_jax.data.prompts import load_template
+from deevisum_jax.errors import UserError
+
+
+class Encoder:
+    """Stands in for `SegmentEncoder`: says which segment of which video was asked for."""
+
+    left_out = ()
+
+    def frames(self, video, start_s, end_s):
+        return np.array([start_s, end_s])
+
+    def sound(self, video, start_s, end_s):
+        return ""
+
+    def text(self, video, start_s, end_s, *, sound, label):
+        return {"tokens": np.array([ord(video.title[0]), label], np.int32)}
+
+
+class Counted(list):
+    """Records that remember which of them were read."""
+
+    def __init__(self, records):
+        super().__init__(records)
+        self.read = []
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        return super().__getitem__(index)
+
+
+def record(title: str, *, duration_s: float = 6.0, frame: bytes = b"", **changes):
+    """A video whose points, one per two seconds, two people find more important in the end."""
+    times = np.arange(1.0, duration_s, 2.0)
+    return {
+        "title": title,
+        "duration_s": duration_s,
+        "frames": [frame],
+        "frame_times": [0.0],
+        "transcript": [{"start": 0.0, "end": 1.0, "text": "hello"}],
+        "captions": [{"start": 0.0, "end": 1.0, "text": "a ball"}],
+        "audio": np.zeros(0, np.int16),
+        "score_times": times,
+        "user_scores": np.stack([times, times]),
+    } | changes
+
+
+def source_of(num_videos: int = 4, **kwargs) -> SegmentSource:
+    """Three segments per video; titles "a", "b" ..."""
+    records = [record(chr(ord("a") + i)) for i in range(num_videos)]
+    return SegmentSource(records, Encoder(), segment_s=2.0, label_fraction=0.25, **kwargs)
+
+
+def names(batch) -> list[tuple[int, int]]:
+    return list(zip(batch["video_id"].tolist(), batch["segment"].tolist(), strict=True))
+
+
+def take(iterator, count: int) -> list[list[tuple[int, int]]]:
+    return [names(next(iterator)) for _ in range(count)]
+
+
+ALL = [(video, segment) for video in range(4) for segment in range(3)]
+
+
+def test_targets_by_hand():
+    annotated = {
+        # Mean of the two people: 1, 3, 5, 2.
+        "user_scores": np.array([[1, 4, 5, 1], [1, 2, 5, 3]], np.float32),
+        "score_times": np.array([0.5, 1.5, 2.5, 7.0]),
+    }
+    # Two points in the first segment, one in the second; the third takes the nearest, at 7.0.
+    targets = targets_of(annotated, np.array([[0, 2], [2, 4], [5, 6]]), 0.3)
+    np.testing.assert_allclose(targets.score, [0, 1, 0])  # 2, 5, 2 within [2, 5]
+    np.testing.assert_array_equal(targets.label, [0, 1, 0])
+    finer = targets_of(annotated, np.array([[0, 1], [1, 2], [2, 4], [4, 8]]), 0.5)
+    np.testing.assert_allclose(finer.score, [0, 0.5, 1, 0.25])  # 1, 3, 5, 2 within [1, 5]
+    np.testing.assert_array_equal(finer.label, [0, 1, 1, 0])
+    assert finer.label.dtype == np.int32
+    assert finer.score.dtype == np.float32
+
+
+def test_targets_of_a_video_that_is_the_same_throughout():
+    flat = {"user_scores": np.full((2, 4), 3.0), "score_times": np.arange(4) + 0.5}
+    targets = targets_of(flat, np.array([[i, i + 1] for i in range(4)]), 0.25)
+    np.testing.assert_array_equal(targets.score, 0.5)
+    np.testing.assert_array_equal(targets.label, [1, 0, 0, 0])  # of equals, the earlier
+
+
+@pytest.mark.parametrize(("fraction", "count"), [(0.01, 1), (0.25, 2), (0.5, 4), (1.0, 8)])
+def test_label_fraction_is_a_share_of_the_segments_and_at_least_one(fraction, count):
+    rising = {"user_scores": np.arange(8.0)[None], "score_times": np.arange(8) + 0.5}
+    targets = targets_of(rising, np.array([[i, i + 1] for i in range(8)]), fraction)
+    np.testing.assert_array_equal(targets.label, np.arange(8) >= 8 - count)
+
+
+def test_a_source_is_all_segments_in_order():
+    source = source_of()
+    assert len(source) == 12
+    rows = [source[i] for i in range(12)]
+    assert [(int(row["video_id"]), int(row["segment"])) for row in rows] == ALL
+    np.testing.assert_array_equal(rows[5]["frames"], [4, 6])  # third segment of the second video
+    assert rows[5]["tokens"].tolist() == [ord("b"), 1]  # the best of three is labelled
+    assert [row["label"] for row in rows[:3]] == [0, 0, 1]
+    np.testing.assert_allclose([row["score"] for row in rows[:3]], [0, 0.5, 1])
+    assert all(row["valid"] for row in rows)
+
+
+def test_no_videos_is_an_error():
+    with pytest.raises(UserError, match="holds no videos"):
+        source_of(0)
+
+
+def test_every_epoch_holds_every_segment_once_in_an_order_of_its_own():
+    iterator = train_iterator(source_of(), batch_size=4, seed=0)
+    epochs = [sum(take(iterator, 3), []) for _ in range(3)]
+    for epoch in epochs:
+        assert sorted(epoch) == ALL
+        assert epoch != ALL
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+def test_batches_that_do_not_divide_an_epoch_leave_nothing_out():
+    iterator = train_iterator(source_of(), batch_size=8, seed=0)
+    seen = sum(take(iterator, 3), [])  # 24 = two epochs
+    assert sorted(seen[:12]) == sorted(seen[12:]) == ALL
+
+
+def test_the_seed_fixes_the_order():
+    order = lambda seed: take(train_iterator(source_of(), batch_size=4, seed=seed), 6)
+    assert order(0) == order(0)
+    assert order(0) != order(1)
+
+
+def test_two_processes_together_have_the_batches_of_one():
+    one = train_iterator(source_of(), batch_size=4, seed=0)
+    two = [
+        train_iterator(source_of(), batch_size=4, seed=0, process_index=i, process_count=2)
+        for i in range(2)
+    ]
+    for _ in range(7):
+        parts = [names(next(iterator)) for iterator in two]
+        assert [len(part) for part in parts] == [2, 2]
+        assert sorted(sum(parts, [])) == sorted(names(next(one)))
+
+
+def test_a_saved_iterator_goes_on_where_it_stood():
+    uninterrupted = take(train_iterator(source_of(), batch_size=4, seed=0), 9)
+    iterator = train_iterator(source_of(), batch_size=4, seed=0)
+    assert take(iterator, 4) == uninterrupted[:4]
+    state = iterator.get_state()
+    take(iterator, 2)  # what came after the state was saved is forgotten
+    again = train_iterator(source_of(), batch_size=4, seed=0, num_threads=1)
+    again.set_state(state)
+    assert take(again, 5) == uninterrupted[4:]
+
+
+def test_batches_that_cannot_be_are_refused():
+    with pytest.raises(UserError, match="batch_size=5 is not divisible by the 2 processes"):
+        train_iterator(source_of(), batch_size=5, seed=0, process_count=2)
+    with pytest.raises(UserError, match="batch_size=13 exceeds the 12 segments"):
+        train_iterator(source_of(), batch_size=13, seed=0)
+
+
+def test_in_order_fills_the_last_batch_with_rows_that_do_not_count():
+    batches = list(in_order(source_of(), batch_size=5))
+    assert [names(batch) for batch in batches[:2]] == [ALL[:5], ALL[5:10]]
+    assert batches[0]["valid"].all()
+    assert names(batches[2])[:2] == ALL[10:]
+    np.testing.assert_array_equal(batches[2]["valid"], [1, 1, 0, 0, 0])
+    assert {batch["frames"].shape for batch in batches} == {(5, 2)}
+
+
+@pytest.mark.parametrize("batch_size", [4, 8, 16, 32])
+def test_in_order_over_processes_is_in_order(batch_size):
+    parts = [
+        list(in_order(source_of(), batch_size=batch_size, process_index=i, process_count=4))
+        for i in range(4)
+    ]
+    valid = [
+        name
+        for batches in zip(*parts, strict=True)  # every process has as many
+        for batch in batches
+        for name, counts in zip(names(batch), batch["valid"], strict=True)
+        if counts
+    ]
+    assert valid == ALL
+
+
+def test_the_cache_holds_the_most_recent_videos_and_no_more_than_its_size():
+    records = Counted(record(title, frame=bytes(2**20)) for title in "abc")
+    source = SegmentSource(records, Encoder(), segment_s=2.0, label_fraction=0.5, cache_mib=2)
+    records.read.clear()
+    for video in (0, 1, 0, 2, 0, 1, 2):  # two fit; the one not used for longest goes
+        source[3 * video]
+    # 2 drives 1 out, 0 stays, 1 drives 2 out, 2 drives 0 out.
+    assert records.read == [0, 1, 2, 1, 2]
+
+
+def test_a_video_larger_than_the_cache_is_kept_while_it_is_read():
+    records = Counted(record(title, frame=bytes(2**20)) for title in "ab")
+    source = SegmentSource(records, Encoder(), segment_s=2.0, label_fraction=0.5, cache_mib=0)
+    records.read.clear()
+    for index in (0, 1, 2, 3, 4):
+        source[index]
+    assert records.read == [0, 1]
+
+
+def test_texts_for_a_tokenizer_hold_all_that_a_prompt_can_hold():
+    texts = list(pipeline.texts([record("the fair")], load_template()))
+    assert {"yes", "no", "silent", "no sound", "the fair", "hello", "a ball"} <= set(texts)
+    assert "title: " in texts[0]
+
+
+def test_a_record_becomes_a_video():
+    jpeg = io.BytesIO()
+    PIL.Image.new("RGB", (4, 4)).save(jpeg, "JPEG")
+    made = pipeline.video_from_record(
+        record("t", frame=jpeg.getvalue(), audio=np.array([-32768, 16384], np.int16))
+    )
+    np.testing.assert_array_equal(made.waveform, [-1, 0.5])
+    assert made.cues[0].text == "hello"
+    assert pipeline.video_from_record(record("t")).waveform is None
+
+
+def test_real_records_give_whole_rows(tiny_config, data_dir, tmp_path):
+    from deevisum_jax import datasets, experiment
+
+    config = tiny_config()
+    records = datasets.Dataset("synthetic/tiny", str(data_dir)).split("validation")
+    tokens = experiment.make_tokenizer(config, tmp_path, records)
+    source = experiment.make_source(config, records, experiment.make_encoder(config, tokens, 28))
+    [batch] = in_order(source, batch_size=10)
+    shapes = {name: (rows.shape[1:], rows.dtype) for name, rows in batch.items()}
+    text = {name: ((48,), bool) for name in ("mask_ar", "mask_input", "mask_loss")}
+    assert shapes == text | {
+        "frames": ((1, 28, 28, 3), np.uint8),
+        "tokens": ((48,), np.int32),
+        "label": ((), np.int32),
+        "score": ((), np.float32),
+        "video_id": ((), np.int32),
+        "segment": ((), np.int32),
+        "valid": ((), bool),
+    }
+    blind = source.without("picture").without("text")
+    assert (blind[0]["frames"] == 127).all()
+    assert source[0]["frames"].std() > 0
+    # "text" alone would bring the picture back: withheld inputs add up.
+    assert blind[0]["mask_input"].sum() < source[0]["mask_input"].sum()
+    np.testing.assert_array_equal(blind[0]["score"], source[0]["score"])
+    assert len(blind) == len(source) == 10

@@ -1,0 +1,161 @@
+"""Tokens and masks of prompts, checked letter by letter."""
+
+import numpy as np
+import pytest
+
+from deevisum_jax.data import prompts
+from deevisum_jax.data.prompts import PromptEncoder, PromptTemplate, load_template
+from deevisum_jax.data.tokenizer import BOS, EOS, PAD, train_tokenizer
+from deevisum_jax.errors import UserError
+
+
+class Letters:
+    """Every letter is a token, its code point: prompts can be read off the ids."""
+
+    separator = (ord("\n"),)
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) for letter in text]
+
+
+def encoder(text_len: int, template: str = "{title}|{transcript}|{sound}") -> PromptEncoder:
+    return PromptEncoder(
+        tokenizer=Letters(), template=PromptTemplate(template), text_len=text_len
+    )
+
+
+def prefix_of(encoded: dict[str, np.ndarray]) -> str:
+    """The text between BOS and the separator."""
+    prefix = encoded["tokens"][encoded["mask_input"] & ~encoded["mask_ar"]]
+    assert prefix[0] == BOS
+    assert prefix[-1] == ord("\n")
+    return "".join(map(chr, prefix[1:-1]))
+
+
+def test_tokens_and_masks_by_hand():
+    encoded = encoder(12).encode(title="a", transcript="b", sound="c", label=0)
+    # BOS a | b | c \n n o EOS pad
+    letters = [ord(letter) for letter in "a|b|c\nno"]
+    np.testing.assert_array_equal(encoded["tokens"], [BOS, *letters, EOS, PAD, PAD])
+    np.testing.assert_array_equal(encoded["mask_ar"], [0] * 7 + [1] * 5)
+    np.testing.assert_array_equal(encoded["mask_input"], [1] * 10 + [0] * 2)
+    np.testing.assert_array_equal(encoded["mask_loss"], [0] * 7 + [1] * 3 + [0] * 2)
+    assert {name: (a.dtype, a.shape) for name, a in encoded.items()} == {
+        "tokens": (np.int32, (12,)),
+        "mask_ar": (bool, (12,)),
+        "mask_input": (bool, (12,)),
+        "mask_loss": (bool, (12,)),
+    }
+
+
+def test_the_label_is_the_word_behind_the_separator():
+    encode = encoder(16).encode
+    no, yes = (encode(title="a", transcript="b", sound="c", label=label) for label in (0, 1))
+    assert "".join(map(chr, no["tokens"][no["mask_loss"]])) == "no" + chr(EOS)
+    assert "".join(map(chr, yes["tokens"][yes["mask_loss"]])) == "yes" + chr(EOS)
+    assert encoder(16).label_tokens == (ord("n"), ord("y"))
+    assert prefix_of(no) == prefix_of(yes)
+
+
+@pytest.mark.parametrize(
+    ("text_len", "prefix"),
+    [
+        # text_len - BOS - separator - "yes" - EOS = text_len - 6 letters of prefix.
+        (19, "ab cd|x y z|s"),
+        (18, "ab cd|x y|s"),
+        (17, "ab cd|x y|s"),
+        (16, "ab cd|x|s"),
+        (14, "ab cd||s"),
+        (13, "ab||s"),
+        (11, "ab||s"),
+        (10, "||s"),
+    ],
+)
+def test_what_does_not_fit_is_cut_from_the_transcript_then_from_the_title(text_len, prefix):
+    encoded = encoder(text_len).encode(title="ab cd", transcript="x y z", sound="s", label=1)
+    assert prefix_of(encoded) == prefix
+    target = encoded["tokens"][encoded["mask_loss"]]
+    np.testing.assert_array_equal(target, [*map(ord, "yes"), EOS])
+
+
+def test_a_full_row_has_no_pads():
+    encoded = encoder(19).encode(title="ab cd", transcript="x y z", sound="s", label=1)
+    assert encoded["mask_input"].all()
+
+
+def test_separator_and_target_survive_even_an_endless_sound():
+    encoded = encoder(12).encode(title="", transcript="", sound="s" * 100, label=1)
+    assert prefix_of(encoded) == "||ssss"
+    np.testing.assert_array_equal(encoded["tokens"][-4:], [*map(ord, "yes"), EOS])
+
+
+def test_braces_in_what_is_said_are_text():
+    encoded = encoder(40).encode(title="{sound}", transcript="{0} {", sound="s", label=0)
+    assert prefix_of(encoded) == "{sound}|{0} {|s"
+
+
+def test_a_text_length_that_cannot_hold_the_empty_prompt_is_refused():
+    encoder(8)  # BOS | | \n y e s EOS
+    with pytest.raises(UserError, match=r"data\.text_len=7 .* at least 8"):
+        encoder(7)
+
+
+def test_labels_that_begin_alike_are_refused():
+    class Spaced(Letters):
+        def encode(self, text: str) -> list[int]:
+            return [ord("_"), *super().encode(text)]
+
+    with pytest.raises(UserError, match="begins all of no, yes with one piece"):
+        PromptEncoder(tokenizer=Spaced(), template=PromptTemplate("{title}"), text_len=20)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{titel}", r"names \{titel\}; did you mean 'title'"),
+        ("{}", r"names \{\}; choose one of sound, title, transcript"),
+        ("{title.upper}", r"names \{title.upper\}"),
+        ("{title", "malformed"),
+        ("title}", "malformed"),
+        ("{title} {title}", r"\{title\} plainly and only once"),
+        ("{title:>9}", "plainly and only once"),
+        ("{title!r}", "plainly and only once"),
+    ],
+)
+def test_bad_templates_are_refused(text, message):
+    with pytest.raises(UserError, match=message):
+        PromptTemplate(text)
+
+
+def test_doubled_braces_are_braces():
+    assert PromptTemplate("{{{title}}}").fill(title="a", transcript="", sound="") == "{a}"
+
+
+def test_templates_by_name_and_by_path(tmp_path):
+    text = load_template().fill(title="A", transcript="B", sound="C")
+    assert text == "title: A\ntranscript: B\nsound: C"
+    (tmp_path / "mine.txt").write_text("say {title}\n", encoding="utf-8")
+    assert load_template(str(tmp_path / "mine.txt")).text == "say {title}"
+
+
+def test_an_unknown_template_names_ours(tmp_path):
+    with pytest.raises(UserError, match="'deevisun' is neither .* did you mean 'deevisum'"):
+        load_template("deevisun")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe{title}")
+    with pytest.raises(UserError, match="no text in UTF-8"):
+        load_template(str(tmp_path / "binary.txt"))
+
+
+def test_with_a_trained_tokenizer(tmp_path):
+    tokens = train_tokenizer(
+        ["title: transcript: sound:", "yes", "no", "the red ball"],
+        tmp_path / "t.model",
+        vocab_size=300,
+    )
+    encoder = PromptEncoder(tokenizer=tokens, template=load_template(), text_len=64)
+    encoded = encoder.encode(title="the red ball", transcript="", sound="no sound", label=1)
+    real = encoded["tokens"][encoded["mask_input"]]
+    assert tokens.decode(real) == (
+        "title: the red ball\ntranscript: \nsound: no sound\nyes"
+    )
+    assert len(set(encoder.label_tokens)) == len(prompts.LABEL_WORDS)

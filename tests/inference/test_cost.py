@@ -1,0 +1,48 @@
+"""FLOPs by hand, and against the sizes of the parameters themselves."""
+
+import jax
+import pytest
+
+from deevisum_jax.inference.cost import score_flops
+from deevisum_jax.models.paligemma2 import VARIANTS, abstract_params, get_config
+
+TINY = VARIANTS["tiny"]
+
+
+def test_tiny_by_hand():
+    # Image: 4 patches, width 16, 2 layers, mlp 32. Patches and projection: 2 * 4 * 16 * 588 and
+    # 2 * 4 * 16 * 32. A layer: 2 * 4 * (4 * 256 + 2 * 512) of weights, 4 * 4 * 4 * 16 of attention.
+    image = 2 * 4 * 16 * 588 + 2 * 4 * 16 * 32 + 2 * (2 * 4 * 2048 + 1024)
+    assert image == 75_264 + 4_096 + 34_816
+    assert score_flops(TINY, num_frames=1, text_len=6, depth=0) == image
+    # Language: 10 tokens, width 32, 4 heads and 2 key/value heads of 16, mlp 64.
+    # q and output 2 * 32 * 64, k and v 2 * 32 * 32, mlp 3 * 32 * 64; attention 4 * 100 * 64.
+    layer = 2 * 10 * (4096 + 2048 + 6144) + 25_600
+    assert score_flops(TINY, num_frames=1, text_len=6, depth=3) == image + 3 * layer
+
+
+@pytest.mark.parametrize("name", ["paligemma2_3b", "quickstart_student"])
+def test_weights_cost_two_flops_per_token(name):
+    config = get_config(name)
+    params, P = abstract_params(config), config.img.num_patches
+    size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+    layers = params["llm"]["layers"]
+    matrices = size(layers["attn"]) + size(layers["mlp"])
+    T = 64
+    S = 2 * P + T
+    N, H, L = config.llm.num_heads, config.llm.head_dim, config.llm.depth
+    attention = 4 * S * S * N * H * L
+    flops = lambda depth: score_flops(config, num_frames=2, text_len=T, depth=depth)
+    assert flops(L) - flops(0) == 2 * S * matrices + attention
+
+
+def test_depth_and_frames_add_up():
+    flops = lambda **kwargs: score_flops(TINY, **{"num_frames": 2, "text_len": 8} | kwargs)
+    assert flops(depth=4) - flops(depth=2) == flops(depth=2) - flops(depth=0)
+    assert flops(depth=0) == 2 * flops(depth=0, num_frames=1)
+
+
+def test_a_3b_student_that_leaves_at_half_depth_saves_less_than_half():
+    config = get_config("paligemma2_3b")
+    flops = lambda depth: score_flops(config, num_frames=2, text_len=64, depth=depth)
+    assert 0.55 < flops(13) / flops(26) < 0.75  # the image tower is paid in full

@@ -1,0 +1,199 @@
+"""Configs are checked at the door, and every mistake is named."""
+
+import json
+
+import ml_collections
+import pytest
+
+from deevisum_jax import config as config_lib
+from deevisum_jax.config import Config, from_config_dict, from_file
+from deevisum_jax.errors import UserError
+
+REPO_CONFIGS = config_lib.pathlib.Path(__file__).parent.parent / "configs"
+
+
+def values(**changes) -> dict:
+    return {
+        "initialization": "from_scratch",
+        "seed": 0,
+        "total_steps": 10,
+        "batch_size": 8,
+        "data": {"dataset": "synthetic/tiny"},
+        "model": {"variant": "tiny", "exit_layers": (2, 4)},
+        "optim": {"learning_rate": 1e-3},
+    } | changes
+
+
+def build(**changes) -> Config:
+    return from_config_dict(ml_collections.ConfigDict(values(**changes)))
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "config.py"
+    path.write_text(
+        "import ml_collections\n"
+        f"def get_config():\n    return ml_collections.ConfigDict({values()!r})\n"
+    )
+    return str(path)
+
+
+def test_defaults_fill_what_is_left_out():
+    config = build()
+    assert config.optim.learning_rate == 1e-3
+    assert config.eval.budget == 0.15
+    assert config.mesh.fsdp == -1
+    assert config.loss.exit_weights is None
+
+
+@pytest.mark.parametrize("path", sorted(REPO_CONFIGS.glob("*.py")), ids=lambda path: path.name)
+def test_every_config_of_ours_is_whole(path):
+    assert from_file(str(path)).initialization
+
+
+def test_values_are_converted_to_the_declared_types():
+    config = build(
+        optim={"learning_rate": 1, "frozen": ["img/.*"]}, loss={"exit_weights": [1, 2]}
+    )
+    assert config.optim.learning_rate == 1.0
+    assert isinstance(config.optim.learning_rate, float)
+    assert config.optim.frozen == ("img/.*",)
+    assert config.loss.exit_weights == (1.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lerning_rate": 1}, "config field lerning_rate does not exist; "),
+        (
+            {"optim": {"learning_rate": 1.0, "warm_steps": 3}},
+            r"optim\.warm_steps does not exist; did you mean 'warmup_steps'\?",
+        ),
+        ({"optim": {}}, r"leaves out optim\.learning_rate; set every one"),
+        ({"data": 3}, "data=3 must be a group of fields"),
+        ({"seed": "0"}, "seed='0' must be of type int"),
+        ({"seed": True}, "seed=True must be of type int"),
+        ({"seed": 1.0}, "seed=1.0 must be of type int"),
+        ({"seed": -1}, "seed=-1 is not within"),
+        ({"seed": 2**32}, "seed=4294967296 is not within"),
+        ({"optim": {"learning_rate": "fast"}}, r"optim\.learning_rate='fast' must be of type float"),
+        ({"optim": {"learning_rate": 0.0}}, r"optim\.learning_rate=0.0 must be above 0"),
+        ({"optim": {"learning_rate": 1.0, "clip_norm": -1.0}}, r"optim\.clip_norm=-1.0 must be"),
+        (
+            {"model": {"variant": "tiny", "exit_layers": (2, "4")}},
+            r"model\.exit_layers\[1\]='4' must be of type int",
+        ),
+        ({"model": {"variant": "tiny", "exit_layers": 4}}, r"model\.exit_layers=4 must be of type"),
+        ({"model": {"variant": "tiny", "exit_layers": ()}}, r"model\.exit_layers is empty"),
+        ({"total_steps": 0}, "total_steps=0 must be above 0"),
+        ({"checkpoint": {"keep": 0}}, r"checkpoint\.keep=0 must be above 0"),
+        ({"data": {"dataset": "a/b", "label_fraction": 1.5}}, r"label_fraction=1.5 must be"),
+        ({"eval": {"budget": 0.0}}, r"eval\.budget=0.0 must be above 0 and at most 1"),
+        ({"eval": {"exit_threshold": 0.3}}, r"exit_threshold=0.3 is not within \[0.5, 1\]"),
+        ({"eval": {"f1": "mean"}}, r"eval\.f1='mean'; "),
+        ({"eval": {"test_split": "train"}}, "must not be the split trained on"),
+        (
+            {"optim": {"learning_rate": 1.0, "warmup_steps": 10}},
+            r"optim\.warmup_steps=10 is not .* below total_steps=10",
+        ),
+        (
+            {"optim": {"learning_rate": 1.0, "accumulate_steps": 3}},
+            r"batch_size=8 is not divisible by optim\.accumulate_steps=3",
+        ),
+        ({"loss": {"exit_weights": (1.0,)}}, r"loss\.exit_weights=\(1.0,\) must be one weight"),
+        ({"loss": {"exit_weights": (0.0, 0.0)}}, "not all 0"),
+        ({"loss": {"exit_weights": (2.0, -1.0)}}, "of at least 0"),
+    ],
+)
+def test_mistakes_are_named(changes, message):
+    with pytest.raises(UserError, match=message):
+        build(**changes)
+
+
+def test_all_that_is_left_out_is_listed_at_once():
+    with pytest.raises(UserError, match="leaves out initialization, seed, total_steps"):
+        from_config_dict(ml_collections.ConfigDict({}))
+
+
+def test_overrides(file):
+    config = from_file(
+        file,
+        [
+            "optim.learning_rate=2e-4",
+            "data.left_out=('sound',)",
+            "data.dataset=synthetic/quickstart",
+            "model.remat_policy=None",
+            "eval.every_steps=7",  # a group that the file leaves out
+            "optim.learning_rate=3e-4",  # the last one counts
+        ],
+    )
+    assert config.optim.learning_rate == 3e-4
+    assert config.data.left_out == ("sound",)
+    assert config.data.dataset == "synthetic/quickstart"
+    assert config.model.remat_policy is None
+    assert config.eval.every_steps == 7
+    assert from_file(file).eval.every_steps == 1000
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed", r"override 'seed' has no value; write --config\.seed=VALUE"),
+        ("sed=1", "config field sed does not exist; did you mean 'seed'"),
+        ("optim.rate=1", r"config field optim\.rate does not exist"),
+        ("opt.learning_rate=1", "config field opt does not exist; did you mean 'optim'"),
+        ("seed.x=1", r"seed\.x does not exist: seed is no group"),
+        ("data=1", "data=1 must be a group"),
+        ("data.left_out=sound", r"data\.left_out='sound' must be of type tuple"),
+        ("seed=1e3", "seed=1000.0 must be of type int"),
+    ],
+)
+def test_wrong_overrides_are_named(file, override, message):
+    with pytest.raises(UserError, match=message):
+        from_file(file, [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = 1", "gives no config: KeyError: 'get_config'; it must define"),
+        ("def get_config(:", "gives no config: SyntaxError"),
+        ("def get_config():\n    return 3", "gives no config: AttributeError"),
+        ("import nothing_of_this_name", "gives no config: ModuleNotFoundError"),
+    ],
+)
+def test_a_file_that_gives_no_config(tmp_path, text, message):
+    (tmp_path / "config.py").write_text(text)
+    with pytest.raises(UserError, match=message):
+        from_file(str(tmp_path / "config.py"))
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match=r"missing\.py does not exist; .* configs/"):
+        from_file(str(tmp_path / "missing.py"))
+
+
+def test_save_and_load_are_inverse(tmp_path):
+    config = build(data={"dataset": "a/b", "left_out": ("sound",)}, loss={"exit_weights": (1, 2)})
+    config_lib.save(config, tmp_path / "config.json")
+    assert config_lib.load(tmp_path / "config.json") == config
+    assert json.loads((tmp_path / "config.json").read_text())["data"]["dataset"] == "a/b"
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe\x00", b""])
+def test_load_refuses_what_is_no_config(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"config\.json is not the config of a run"):
+        config_lib.load(tmp_path / "config.json")
+    with pytest.raises(UserError, match="give the workdir of a finished run"):
+        config_lib.load(tmp_path / "nothing.json")
+
+
+def test_differences_are_dotted_fields():
+    new = build(seed=3, optim={"learning_rate": 1e-4})
+    assert config_lib.differences(build(), new) == [
+        "seed: 0 -> 3",
+        "optim.learning_rate: 0.001 -> 0.0001",
+    ]
+    assert config_lib.differences(new, new) == []

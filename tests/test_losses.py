@@ -1,0 +1,79 @@
+"""Loss values that can be checked on paper, and what padding may not do to them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deevisum_jax import losses
+
+LN2 = np.log(2)
+
+
+def test_token_cross_entropy_by_hand():
+    # Position t predicts token t + 1. Softmax of [ln 2, 0, 0] is [1/2, 1/4, 1/4].
+    logits = jnp.array([[[LN2, 0, 0], [0, 0, LN2], [9, 9, 9]]])
+    tokens = jnp.array([[2, 0, 1]])
+    both = losses.token_cross_entropy(logits, tokens, jnp.array([[False, True, True]]))
+    np.testing.assert_allclose(both.sum, LN2 + 2 * LN2, rtol=1e-6)  # 1/2 for 0, 1/4 for 1
+    assert both.count == 2
+    np.testing.assert_allclose(both.mean, 1.5 * LN2, rtol=1e-6)
+    second = losses.token_cross_entropy(logits, tokens, jnp.array([[True, False, True]]))
+    np.testing.assert_allclose(second.sum, 2 * LN2, rtol=1e-6)
+    assert second.count == 1  # the first token is never a target
+
+
+def test_class_cross_entropy_by_hand():
+    # Softmax of [ln 3, 0] is [3/4, 1/4].
+    logits = jnp.array([[np.log(3.0), 0], [np.log(3.0), 0], [0, 0]])
+    total = losses.class_cross_entropy(
+        logits, jnp.array([0, 1, 1]), jnp.array([True, True, False])
+    )
+    np.testing.assert_allclose(total.sum, np.log(4 / 3) + np.log(4), rtol=1e-6)
+    assert total.count == 2
+
+
+def test_score_cross_entropy_by_hand():
+    # sigmoid(ln 3) = 3/4: -(s ln 3/4 + (1 - s) ln 1/4).
+    total = losses.score_cross_entropy(
+        jnp.array([np.log(3.0), 0.0, 5.0]),
+        jnp.array([0.5, 0.2, 1.0]),
+        jnp.array([True, True, False]),
+    )
+    np.testing.assert_allclose(total.sum, 0.5 * np.log(16 / 3) + LN2, rtol=1e-6)
+    assert total.count == 2
+
+
+def test_score_loss_is_least_where_the_sigmoid_is_the_score():
+    gradient = jax.grad(
+        lambda logit: losses.score_cross_entropy(logit, jnp.array([0.75]), jnp.array([True])).sum
+    )
+    np.testing.assert_allclose(gradient(jnp.array([np.log(3.0)])), 0, atol=1e-6)
+    np.testing.assert_allclose(gradient(jnp.array([40.0])), 0.25, rtol=1e-6)  # does not vanish
+
+
+def test_nothing_counted_gives_zero_and_no_nan():
+    total = losses.class_cross_entropy(jnp.zeros((2, 2)), jnp.zeros(2, int), jnp.zeros(2, bool))
+    assert (total.sum, total.count, total.mean) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("pads", [1, 3])
+def test_padding_rows_and_pads_change_nothing(pads):
+    rng = np.random.default_rng(0)
+    logits, tokens = rng.normal(size=(2, 4, 5)), rng.integers(0, 5, (2, 4))
+    mask = np.array([[0, 0, 1, 1], [0, 1, 1, 0]], bool)
+    plain = losses.token_cross_entropy(logits, tokens, mask)
+    padded = losses.token_cross_entropy(
+        np.pad(logits, [(0, pads), (0, pads), (0, 0)], constant_values=7.0),
+        np.pad(tokens, [(0, pads), (0, pads)]),
+        np.pad(mask, [(0, pads), (0, pads)]),
+    )
+    np.testing.assert_allclose(padded.sum, plain.sum, rtol=1e-6)
+    assert padded.count == plain.count == 4
+
+
+def test_logits_in_bfloat16_are_summed_in_float32():
+    logits = jnp.zeros((1, 2, 4), jnp.bfloat16)
+    total = losses.token_cross_entropy(logits, jnp.array([[0, 3]]), jnp.array([[False, True]]))
+    assert total.sum.dtype == jnp.float32
+    np.testing.assert_allclose(total.sum, np.log(4), rtol=1e-6)
