@@ -138,10 +138,9 @@ class Run:
         """Trains to `total_steps`, from wherever the run stands."""
         config = self.config
         # ---- Input: shuffled segments, an iterator that can be saved ----
+        encoder = self.make_encoder(captions=True)
         data_iter = pipeline.train_iterator(
-            experiment.make_source(
-                config, self.dataset.split("train"), self.make_encoder(captions=True)
-            ),
+            experiment.make_source(config, self.dataset.split("train"), encoder),
             batch_size=config.batch_size,
             seed=config.seed,
             process_index=jax.process_index(),
@@ -156,6 +155,7 @@ class Run:
                 config.loss,
                 self.tx,
                 self.schedule,
+                num_targets=encoder.prompts.num_targets,
                 accumulate_steps=config.optim.accumulate_steps,
             ),
             in_shardings=(self.shardings, sharding.batch_sharding(self.mesh)),

@@ -68,14 +68,16 @@ def exit_weights(config: LossConfig, exit_layers: tuple[int, ...]) -> np.ndarray
 
 
 def compute_losses(
-    model: paligemma2.PaliGemma2, batch: Batch, config: LossConfig
+    model: paligemma2.PaliGemma2, batch: Batch, config: LossConfig, num_targets: int
 ) -> tuple[dict[str, losses.Total], dict[str, float]]:
-    """Every part of the loss and its weight, by metric name."""
+    """Every part of the loss and its weight, by metric name; `num_targets` as `find_targets`."""
     exit_layers = model.config.exit_layers
     outputs = model(batch)
-    # Image tokens come first and have no target.
-    logits = model.logits(outputs.pre_logits[:, -batch.tokens.shape[1] :])
-    parts = {"loss/token": losses.token_cross_entropy(logits, batch.tokens, _targets(batch))}
+    targets = losses.find_targets(batch.tokens, _counted(batch), num_targets)
+    # Text comes behind the image tokens, which have no target.
+    pre_logits = outputs.pre_logits[:, -batch.tokens.shape[1] :]
+    rows = jnp.take_along_axis(pre_logits, targets.positions[..., None], axis=1)
+    parts = {"loss/token": losses.token_cross_entropy(model.logits(rows), targets)}
     weights = {"loss/token": config.token}
     for x, (layer, weight) in enumerate(
         zip(exit_layers, exit_weights(config, exit_layers), strict=True)
@@ -97,9 +99,12 @@ def make_train_step(
     tx: optax.GradientTransformation,
     schedule: optax.Schedule,
     *,
+    num_targets: int,
     accumulate_steps: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The update to be jitted by the caller, with its shardings and donation.
+
+    `num_targets` is the most tokens that the token loss counts in one example.
 
     With `accumulate_steps` > 1 the batch is worked off in that many microbatches. Each part of the
     loss is divided by its count over the *whole* batch, so the gradient is the unsplit one.
@@ -107,7 +112,7 @@ def make_train_step(
 
     def loss_fn(trainable: Params, frozen: Params, batch: Batch, counts: dict[str, Array]):
         model = paligemma2.bind(model_config, optim.merge(trainable, frozen))
-        parts, weights = compute_losses(model, batch, loss_config)
+        parts, weights = compute_losses(model, batch, loss_config, num_targets)
         means = {name: part.sum / jnp.maximum(counts[name], 1.0) for name, part in parts.items()}
         total = sum(weights[name] * mean for name, mean in means.items())
         return total, means | {"loss/total": total}
@@ -156,6 +161,11 @@ def _counts(batch: Batch, exit_layers: tuple[int, ...]) -> dict[str, Array]:
 
 def _targets(batch: Batch) -> Array:
     """`bool[B, T]`, 1 = counted; padding rows repeat a real one's masks."""
+    return batch.mask_loss & batch.valid[:, None]
+
+
+def _counted(batch: Batch) -> Array:
+    """`bool[B, T]`: tokens of the token loss, none in rows that fill up a batch."""
     return batch.mask_loss & batch.valid[:, None]
 
 

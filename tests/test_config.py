@@ -52,9 +52,7 @@ def test_every_config_of_ours_is_whole(path):
 
 
 def test_values_are_converted_to_the_declared_types():
-    config = build(
-        optim={"learning_rate": 1, "frozen": ["img/.*"]}, loss={"exit_weights": [1, 2]}
-    )
+    config = build(optim={"learning_rate": 1, "frozen": ["img/.*"]}, loss={"exit_weights": [1, 2]})
     assert config.optim.learning_rate == 1.0
     assert isinstance(config.optim.learning_rate, float)
     assert config.optim.frozen == ("img/.*",)
@@ -76,7 +74,10 @@ def test_values_are_converted_to_the_declared_types():
         ({"seed": 1.0}, "seed=1.0 must be of type int"),
         ({"seed": -1}, "seed=-1 is not within"),
         ({"seed": 2**32}, "seed=4294967296 is not within"),
-        ({"optim": {"learning_rate": "fast"}}, r"optim\.learning_rate='fast' must be of type float"),
+        (
+            {"optim": {"learning_rate": "fast"}},
+            r"optim\.learning_rate='fast' must be of type float",
+        ),
         ({"optim": {"learning_rate": 0.0}}, r"optim\.learning_rate=0.0 must be above 0"),
         ({"optim": {"learning_rate": 1.0, "clip_norm": -1.0}}, r"optim\.clip_norm=-1.0 must be"),
         (

@@ -10,25 +10,34 @@ from deevisum_jax import losses
 LN2 = np.log(2)
 
 
+def test_targets_by_hand():
+    tokens = jnp.array([[7, 8, 9, 0], [5, 6, 0, 0]])
+    counted = jnp.array([[False, True, True, False], [True, True, False, False]])
+    found = losses.find_targets(tokens, counted, 3)
+    np.testing.assert_array_equal(found.positions, [[0, 1, 2], [0, 1, 2]])
+    np.testing.assert_array_equal(found.tokens, [[8, 9, 0], [6, 0, 0]])
+    # The first token of the second row is marked, but nothing comes before it to predict it.
+    np.testing.assert_array_equal(found.mask, [[True, True, False], [True, False, False]])
+
+
 def test_token_cross_entropy_by_hand():
-    # Position t predicts token t + 1. Softmax of [ln 2, 0, 0] is [1/2, 1/4, 1/4].
-    logits = jnp.array([[[LN2, 0, 0], [0, 0, LN2], [9, 9, 9]]])
-    tokens = jnp.array([[2, 0, 1]])
-    both = losses.token_cross_entropy(logits, tokens, jnp.array([[False, True, True]]))
-    np.testing.assert_allclose(both.sum, LN2 + 2 * LN2, rtol=1e-6)  # 1/2 for 0, 1/4 for 1
-    assert both.count == 2
-    np.testing.assert_allclose(both.mean, 1.5 * LN2, rtol=1e-6)
-    second = losses.token_cross_entropy(logits, tokens, jnp.array([[True, False, True]]))
-    np.testing.assert_allclose(second.sum, 2 * LN2, rtol=1e-6)
-    assert second.count == 1  # the first token is never a target
+    # Softmax of [ln 2, 0, 0] is [1/2, 1/4, 1/4].
+    logits = jnp.array([[[LN2, 0, 0], [0, 0, LN2], [9, 0, 0]]])
+    targets = losses.Targets(
+        positions=jnp.array([[0, 1, 2]]),
+        tokens=jnp.array([[0, 1, 1]]),
+        mask=jnp.array([[True, True, False]]),
+    )
+    total = losses.token_cross_entropy(logits, targets)
+    np.testing.assert_allclose(total.sum, LN2 + 2 * LN2, rtol=1e-6)  # 1/2 for 0, 1/4 for 1
+    assert total.count == 2
+    np.testing.assert_allclose(total.mean, 1.5 * LN2, rtol=1e-6)
 
 
 def test_class_cross_entropy_by_hand():
     # Softmax of [ln 3, 0] is [3/4, 1/4].
     logits = jnp.array([[np.log(3.0), 0], [np.log(3.0), 0], [0, 0]])
-    total = losses.class_cross_entropy(
-        logits, jnp.array([0, 1, 1]), jnp.array([True, True, False])
-    )
+    total = losses.class_cross_entropy(logits, jnp.array([0, 1, 1]), jnp.array([True, True, False]))
     np.testing.assert_allclose(total.sum, np.log(4 / 3) + np.log(4), rtol=1e-6)
     assert total.count == 2
 
@@ -62,18 +71,25 @@ def test_padding_rows_and_pads_change_nothing(pads):
     rng = np.random.default_rng(0)
     logits, tokens = rng.normal(size=(2, 4, 5)), rng.integers(0, 5, (2, 4))
     mask = np.array([[0, 0, 1, 1], [0, 1, 1, 0]], bool)
-    plain = losses.token_cross_entropy(logits, tokens, mask)
-    padded = losses.token_cross_entropy(
+
+    def total(logits, tokens, mask, num_targets):
+        targets = losses.find_targets(jnp.array(tokens), jnp.array(mask), num_targets)
+        rows = jnp.take_along_axis(jnp.array(logits), targets.positions[..., None], axis=1)
+        return losses.token_cross_entropy(rows, targets)
+
+    plain = total(logits, tokens, mask, 2)
+    padded = total(
         np.pad(logits, [(0, pads), (0, pads), (0, 0)], constant_values=7.0),
         np.pad(tokens, [(0, pads), (0, pads)]),
         np.pad(mask, [(0, pads), (0, pads)]),
+        2 + pads,
     )
     np.testing.assert_allclose(padded.sum, plain.sum, rtol=1e-6)
     assert padded.count == plain.count == 4
 
 
 def test_logits_in_bfloat16_are_summed_in_float32():
-    logits = jnp.zeros((1, 2, 4), jnp.bfloat16)
-    total = losses.token_cross_entropy(logits, jnp.array([[0, 3]]), jnp.array([[False, True]]))
+    targets = losses.Targets(jnp.array([[0]]), jnp.array([[3]]), jnp.array([[True]]))
+    total = losses.token_cross_entropy(jnp.zeros((1, 1, 4), jnp.bfloat16), targets)
     assert total.sum.dtype == jnp.float32
     np.testing.assert_allclose(total.sum, np.log(4), rtol=1e-6)

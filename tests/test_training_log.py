@@ -1,10 +1,12 @@
 """What a run leaves for people to read, and what a kill may do to it."""
 
 import json
+import types
 
 import pytest
 from tensorboardX.proto import event_pb2
 
+from deevisum_jax import training_log
 from deevisum_jax.errors import UserError
 from deevisum_jax.training_log import METRICS_FILE, TrainingLog, read_metrics
 
@@ -76,7 +78,8 @@ def test_numbers_that_are_not_finite_end_the_run(tmp_path, value):
 
 def test_pauses_do_not_count_as_training_time(tmp_path, monkeypatch):
     clock = iter([0.0, 10.0, 100.0, 110.0])
-    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    stopped = types.SimpleNamespace(monotonic=lambda: next(clock))
+    monkeypatch.setattr(training_log, "time", stopped)
     with open_log(tmp_path) as log:  # at 0 s
         with log.paused():  # from 10 s to 100 s
             pass
@@ -92,6 +95,8 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
     while position < len(data):  # records: length (8 bytes), its checksum (4), event, checksum (4)
         length = int.from_bytes(data[position : position + 8], "little")
         event = event_pb2.Event.FromString(data[position + 12 : position + 12 + length])
-        found += [(event.step, v.simple_value) for v in event.summary.value if v.tag == "loss/total"]
+        found += [
+            (event.step, v.simple_value) for v in event.summary.value if v.tag == "loss/total"
+        ]
         position += length + 16
     assert found == [(1, 1.0), (2, 2.0)]

@@ -1,7 +1,7 @@
 """Video records on disk and back: the features that the builders share, and a view for readers.
 
-    builder = tfds.builder_from_directory(folder)  # or the builder's class
-    records = Records(builder.as_data_source("train", decoders=DECODERS))
+    builder = build(Synthetic, data_dir, "quickstart")
+    records = read(builder, "train")
     records[0]["title"], records[0]["frames"][0]  # str, JPEG bytes
 
 Nothing here needs TensorFlow. A record is a dict with
@@ -18,11 +18,14 @@ Nothing here needs TensorFlow. A record is a dict with
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+
+from deevisum_jax.errors import UserError, closest
 
 
 class EncodedImages(tfds.decode.SkipDecoding):
@@ -97,3 +100,37 @@ class Records(Sequence):
         for name in ("native_fps", "duration_s"):
             record[name] = float(record[name])
         return record
+
+
+def build(
+    builder_cls: type[tfds.core.GeneratorBasedBuilder],
+    data_dir: str | os.PathLike,
+    config: str | tfds.core.BuilderConfig,
+) -> tfds.core.DatasetBuilder:
+    """Opens a data set under `data_dir`, preparing it first if it is not there.
+
+    Raises:
+      UserError: the builder has no config of this name.
+    """
+    names = [known.name for known in builder_cls.BUILDER_CONFIGS]
+    if isinstance(config, str) and config not in names:
+        raise UserError(
+            f"data set {builder_cls.name} has no config {config!r}; {closest(config, names)}"
+        )
+    builder = builder_cls(data_dir=os.fspath(data_dir), config=config, file_format="array_record")
+    builder.download_and_prepare()
+    return builder
+
+
+def read(builder: tfds.core.DatasetBuilder, split: str) -> Records:
+    """The records of a split, in the order of the videos, with frames as JPEG bytes.
+
+    Raises:
+      UserError: there is no split of this name.
+    """
+    splits = builder.info.splits
+    if split not in splits:
+        raise UserError(
+            f"data set {builder.info.full_name} has no split {split!r}; {closest(split, splits)}"
+        )
+    return Records(builder.as_data_source(split, decoders=DECODERS))

@@ -13,13 +13,7 @@ import os
 import av
 import numpy as np
 
-from deevisum_jax.data.video import (
-    audio_stream,
-    latest_stamp_s,
-    open_media,
-    presentation_start_s,
-    read_packets,
-)
+from deevisum_jax.media import audio_stream, open_media, presentation_start_s, read_sound
 
 SAMPLE_RATE = 16_000
 
@@ -55,7 +49,7 @@ def decode_audio(path: str | os.PathLike) -> np.ndarray | None:
       pictures do); None when there is no sound stream.
 
     Raises:
-      UserError: the file cannot be opened (see `video.open_media`).
+      UserError: the file cannot be opened (see `media.open_media`).
     """
     with open_media(path) as container:
         stream = audio_stream(container)
@@ -63,25 +57,16 @@ def decode_audio(path: str | os.PathLike) -> np.ndarray | None:
             return None
         zero_s = presentation_start_s(path)
         runs: list[_Run] = []
-        latest_s = latest_stamp_s(container)
-        for packet in read_packets(container, [stream], []):
-            try:
-                frames = packet.decode()
-            except av.FFmpegError:
-                continue  # the next frame's timestamp leaves the gap that this packet filled
-            for frame in frames:
-                time_s = None if frame.pts is None else float(frame.pts * frame.time_base)
-                if time_s is not None and time_s > latest_s:
-                    time_s = None
-                if not runs or not runs[-1].continues(frame, time_s):
-                    if runs:
-                        runs[-1].close()
-                    if time_s is None:
-                        time_s = runs[-1].end_s if runs else zero_s or 0.0
-                    if zero_s is None:
-                        zero_s = time_s
-                    runs.append(_Run(frame, time_s))
-                runs[-1].add(frame)
+        for frame, time_s in read_sound(container, stream):
+            if not runs or not runs[-1].continues(frame, time_s):
+                if runs:
+                    runs[-1].close()
+                if time_s is None:
+                    time_s = runs[-1].end_s if runs else zero_s or 0.0
+                if zero_s is None:
+                    zero_s = time_s
+                runs.append(_Run(frame, time_s))
+            runs[-1].add(frame)
         if runs:
             runs[-1].close()
     pieces = [(round((run.start_s - zero_s) * SAMPLE_RATE), run.samples()) for run in runs]

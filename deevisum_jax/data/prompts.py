@@ -102,6 +102,11 @@ class PromptEncoder:
         return self.text_len + self.caption_len
 
     @property
+    def num_targets(self) -> int:
+        """Most tokens of one segment that the token loss counts."""
+        return max(map(len, self._suffixes())) + self.caption_len
+
+    @property
     def label_tokens(self) -> tuple[int, int]:
         """First token of the words for not-summary and summary."""
         no, yes = (suffix[0] for suffix in self._suffixes())

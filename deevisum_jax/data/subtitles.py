@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import av
-from av.stream import Disposition
 
-from deevisum_jax.data.video import open_media, presentation_start_s, read_packets
 from deevisum_jax.errors import UserError
+from deevisum_jax.media import first_default, open_media, presentation_start_s, read_packets
 
 SUFFIXES = (".vtt", ".srt")
 
@@ -111,15 +110,14 @@ def _find_sidecar(video: Path) -> Path | None:
 
 def _read_stream(video_path: str | os.PathLike) -> list[Cue]:
     with open_media(video_path) as container:
-        streams = [
+        stream = first_default(
             s
             for s in container.streams.subtitles
             if s.codec_context is not None and s.codec_context.name in _TEXT_CODECS
-        ]
-        if not streams:
+        )
+        if stream is None:
             return []
         zero_s = presentation_start_s(video_path) or 0.0
-        stream = min(streams, key=lambda s: not s.disposition & Disposition.default)
         cues = []
         for packet in read_packets(container, [stream], []):
             if packet.pts is None or not packet.size:

@@ -1,8 +1,8 @@
 """Video decoding: the pictures on screen at a steady rate, by timestamps, in one pass.
 
-FFmpeg (through PyAV) does the work. Time 0 is the instant of the first video frame that decodes;
-`audio` and `subtitles` count from the same zero. Pixels are taken as stored: a sample aspect ratio
-other than 1 is not corrected, a rotation or mirroring in the display matrix is.
+Time 0 is the instant of the first video frame that decodes; `audio` and `subtitles` count from the
+same zero. Pixels are taken as stored: a sample aspect ratio other than 1 is not corrected, a
+rotation or mirroring in the display matrix is.
 """
 
 from __future__ import annotations
@@ -10,18 +10,16 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import struct
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 
 import av
 import numpy as np
 from av.container import InputContainer
-from av.stream import Disposition, Stream
 from av.video.reformatter import Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
 from deevisum_jax.errors import UserError
+from deevisum_jax.media import FrameReader, audio_stream, open_media, upright_turn, video_stream
 
 # `change` compares thumbnails of this width and height: small enough to cost little beside
 # decoding, large enough that a cut between two dark scenes still differs in layout.
@@ -34,9 +32,6 @@ _RESIZE = Interpolation.BILINEAR
 # Timestamps are rounded to the container's tick (1 ms in Matroska); a picture counts as on screen
 # this much before its own timestamp, so that frame k of a 24 fps file is met at k / 24 s.
 _MAX_SLACK_S = 1e-3
-
-# Stamps this far beyond the declared end of the file are taken for broken, in seconds.
-_STRAY_STAMP_S = 60.0
 
 # Frames missing at the end before we say that the file ends early, in seconds.
 _EARLY_END_S = 0.5
@@ -104,12 +99,9 @@ def decode_video(
     last_duration_s = 0.0
     with open_media(path) as container:
         stream = video_stream(container, path)
-        reader = _FrameReader(container, stream)
+        reader = FrameReader(container, stream)
         slack_s = min(float(stream.time_base), _MAX_SLACK_S)
         for frame, time_s in reader:
-            if not native_times:
-                zero_s = time_s
-            time_s -= zero_s
             small = shrink.reformat(
                 frame, THUMBNAIL_W, THUMBNAIL_H, "rgb24", interpolation=Interpolation.AREA
             ).to_ndarray()
@@ -122,7 +114,8 @@ def decode_video(
         if not native_times:
             raise UserError(
                 f"{path}: no frame of its {stream.codec_context.name} video stream decodes"
-                f"{reader.reason()}; play the file to check it, then convert or download it again"
+                f"{_last_error(reader)}; play the file to check it, then convert it or download it "
+                "again"
             )
         times = np.asarray(native_times, np.float64)
         gaps = np.diff(times)
@@ -139,7 +132,7 @@ def decode_video(
             height=sampler.upright_h,
             has_audio=audio_stream(container) is not None,
             notes=(
-                *reader.notes(duration_s),
+                *_damage_notes(reader, container, stream, duration_s),
                 *sampler.notes(),
                 *_rate_notes(gaps, float(stream.time_base)),
             ),
@@ -153,162 +146,35 @@ def decode_video(
     )
 
 
-def open_media(path: str | os.PathLike) -> InputContainer:
-    """Opens a media file for reading; whatever stands in the way is a `UserError`."""
-    file = Path(path)
-    if not file.exists():
-        raise UserError(f"{path}: no such file; check the path")
-    if file.is_dir():
-        raise UserError(f"{path}: a folder, wanted one video file; give the path of a file in it")
-    if not os.access(file, os.R_OK):
-        raise UserError(f"{path}: cannot be read; check the file's permissions")
-    if file.stat().st_size == 0:
-        raise UserError(f"{path}: the file is empty (0 bytes); copy or download it again")
-    try:
-        # Only local bytes: a playlist must not make FFmpeg fetch what it names.
-        container = av.open(os.path.abspath(file), options={"protocol_whitelist": "file"})
-    except (av.FFmpegError, OSError, ValueError) as error:
-        boxes = _top_level_boxes(file)
-        if "ftyp" in boxes and "moov" not in boxes:
-            raise UserError(
-                f"{path}: the index of this mp4 file is missing (no 'moov' box), as after a "
-                "recording or download that stopped midway; fetch the file again, or rebuild the "
-                f"index with a repair tool such as untrunc [{_averror(error)}]"
-            ) from error
-        raise UserError(
-            f"{path}: not a video file that FFmpeg can read; give an mp4, mkv, webm or avi file "
-            f"[{_averror(error)}]"
-        ) from error
-    if container.format.name == "tty":  # FFmpeg plays any .txt as terminal art
-        container.close()
-        raise UserError(f"{path}: a text file, not a video; give an mp4, mkv, webm or avi file")
-    return container
-
-
-def video_stream(container: InputContainer, path: str | os.PathLike) -> VideoStream:
-    """The video stream a player would show: the first one marked default, cover pictures aside."""
-    streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-    if not streams:
-        kinds = sorted({s.type for s in container.streams}) or ["nothing"]
-        raise UserError(
-            f"{path}: has no video stream (it holds {', '.join(kinds)}); give a file with pictures"
+def _damage_notes(
+    reader: FrameReader, container: InputContainer, stream: VideoStream, duration_s: float
+) -> Iterator[str]:
+    if stream.duration is not None:
+        wanted_s, got_s = float(stream.duration * stream.time_base), duration_s
+    elif container.duration is not None:
+        wanted_s = container.duration / av.time_base
+        got_s = reader.packets_end_s - (container.start_time or 0) / av.time_base
+    else:
+        wanted_s = got_s = duration_s
+    if wanted_s - got_s > _EARLY_END_S:
+        yield f"the file ends early: {got_s:.1f} s of {wanted_s:.1f} s decode"
+    if reader.errors:
+        n = len(reader.errors)
+        packets = "1 damaged packet was" if n == 1 else f"{n} damaged packets were"
+        yield f"{packets} skipped{_last_error(reader)}"
+    if reader.damaged_frames:
+        n = reader.damaged_frames
+        yield f"{n} {'frame shows' if n == 1 else 'frames show'} damage from broken data"
+    if reader.untimed_frames:
+        n = reader.untimed_frames
+        yield (
+            f"{n} {'frame has' if n == 1 else 'frames have'} no usable timestamp; "
+            f"spaced at {1 / reader.period_s:.3g} frames per second"
         )
-    stream = _first_default(streams)
-    if stream is None:
-        raise UserError(
-            f"{path}: this FFmpeg has no decoder for its video stream; convert it to H.264 first"
-        )
-    return stream
 
 
-def audio_stream(container: InputContainer) -> Stream | None:
-    """The first audio stream marked default, or None where no stream can be decoded."""
-    return _first_default(container.streams.audio)
-
-
-def presentation_start_s(path: str | os.PathLike) -> float | None:
-    """Container time of the first video frame that decodes, in seconds; None without pictures."""
-    with open_media(path) as container:
-        if all(s.disposition & Disposition.attached_pic for s in container.streams.video):
-            return None
-        stream = video_stream(container, path)
-        return next((time_s for _, time_s in _FrameReader(container, stream)), None)
-
-
-def read_packets(
-    container: InputContainer, streams: Sequence[Stream], errors: list[str]
-) -> Iterator[av.Packet]:
-    """Packets of `streams`; where reading itself fails, `errors` grows and the decoders flush."""
-    try:
-        yield from container.demux(streams)
-    except av.FFmpegError as error:
-        errors.append(_averror(error))
-        for stream in streams:
-            flush = av.Packet()
-            flush.stream = stream
-            yield flush
-
-
-def latest_stamp_s(container: InputContainer) -> float:
-    """Container time after which a timestamp cannot be right, for it would ask for endless filling.
-
-    A broken stamp can lie years ahead; the declared length, where there is one, bounds it.
-    """
-    if container.duration is None:
-        return math.inf
-    return ((container.start_time or 0) + container.duration) / av.time_base + _STRAY_STAMP_S
-
-
-class _FrameReader:
-    """Iterates (frame, container time in seconds) in presentation order, past damaged data."""
-
-    def __init__(self, container: InputContainer, stream: VideoStream):
-        self._container = container
-        self._stream = stream
-        stream.thread_type = "AUTO"
-        rate = stream.average_rate or stream.guessed_rate or 25
-        self.period_s = float(1 / rate)
-        self._errors: list[str] = []
-        self._damaged_frames = 0
-        self._untimed_frames = 0
-        self._latest_s = latest_stamp_s(container)
-        self._packets_end_s = -math.inf  # of any stream, container time
-
-    def __iter__(self) -> Iterator[tuple[av.VideoFrame, float]]:
-        previous_s = None
-        for frame in self._frames():
-            self._damaged_frames += bool(frame.is_corrupt)
-            stamp = frame.pts if frame.pts is not None else frame.dts
-            time_s = None if stamp is None else float(stamp * frame.time_base)
-            if previous_s is None:
-                time_s = 0.0 if time_s is None else time_s
-            elif time_s is None or not previous_s < time_s <= self._latest_s:
-                # The decoder hands frames out in the order they are shown; the stamp is at fault.
-                self._untimed_frames += 1
-                time_s = previous_s + self.period_s
-            previous_s = time_s
-            yield frame, time_s
-
-    def _frames(self) -> Iterator[av.VideoFrame]:
-        # Sound is read beside the pictures only to learn where the file really ends.
-        streams = [self._stream, *self._container.streams.audio]
-        for packet in read_packets(self._container, streams, self._errors):
-            if packet.pts is not None:
-                end_s = float((packet.pts + (packet.duration or 0)) * packet.time_base)
-                self._packets_end_s = max(self._packets_end_s, end_s)
-            if packet.stream is not self._stream:
-                continue
-            try:
-                yield from packet.decode()
-            except av.FFmpegError as error:
-                self._errors.append(_averror(error))
-
-    def reason(self) -> str:
-        return f" [{self._errors[-1]}]" if self._errors else ""
-
-    def notes(self, duration_s: float) -> Iterator[str]:
-        if self._stream.duration is not None:
-            wanted_s, got_s = float(self._stream.duration * self._stream.time_base), duration_s
-        elif self._container.duration is not None:
-            wanted_s = self._container.duration / av.time_base
-            got_s = self._packets_end_s - (self._container.start_time or 0) / av.time_base
-        else:
-            wanted_s = got_s = duration_s
-        if wanted_s - got_s > _EARLY_END_S:
-            yield f"the file ends early: {got_s:.1f} s of {wanted_s:.1f} s decode"
-        if self._errors:
-            n = len(self._errors)
-            packets = "1 damaged packet was" if n == 1 else f"{n} damaged packets were"
-            yield f"{packets} skipped{self.reason()}"
-        if self._damaged_frames:
-            n = self._damaged_frames
-            yield f"{n} {'frame shows' if n == 1 else 'frames show'} damage from broken data"
-        if self._untimed_frames:
-            n = self._untimed_frames
-            yield (
-                f"{n} {'frame has' if n == 1 else 'frames have'} no usable timestamp; "
-                f"spaced at {1 / self.period_s:.3g} frames per second"
-            )
+def _last_error(reader: FrameReader) -> str:
+    return f" [{reader.errors[-1]}]" if reader.errors else ""
 
 
 class _Sampler:
@@ -326,7 +192,7 @@ class _Sampler:
     def show(self, frame: av.VideoFrame, time_s: float, slack_s: float) -> None:
         if self._on_screen is None:
             self._stored_size = frame.width, frame.height
-            self._turn = _upright_turn(frame)
+            self._turn = upright_turn(frame)
             swap = self._turn[0] % 2 == 1
             w, h = self._stored_size
             self.upright_w, self.upright_h = (h, w) if swap else (w, h)
@@ -373,24 +239,6 @@ class _Sampler:
             yield f"the picture size changes midway; every frame is scaled to {w} x {h}"
 
 
-def _upright_turn(frame: av.VideoFrame) -> tuple[int, bool]:
-    """(quarter turns counter-clockwise, mirror left-right first) that put `frame` upright.
-
-    The display matrix maps a stored point (x right, y down) to the screen by the row vector rule
-    x' = a x + c y, y' = b x + d y, in 16.16 fixed point (libavutil/display.h). Mirroring first
-    turns (a, b) into (-a, -b) and leaves a pure rotation.
-    """
-    matrix = frame.side_data.get("DISPLAYMATRIX")
-    if matrix is None:
-        return 0, False
-    a, b, _, c, d = struct.unpack("<5i", bytes(matrix)[:20])
-    mirrored = a * d - b * c < 0
-    if mirrored:
-        a, b = -a, -b
-    # The stored x axis lands on (a, b), y down: counter-clockwise by atan2(-b, a).
-    return round(math.atan2(-b, a) / (math.pi / 2)) % 4, mirrored
-
-
 def _rate_notes(gaps: np.ndarray, tick_s: float) -> Iterator[str]:
     if gaps.size < 2:
         return
@@ -406,33 +254,3 @@ def _rate_notes(gaps: np.ndarray, tick_s: float) -> Iterator[str]:
             f"frames are missing or held in {n} {'place' if n == 1 else 'places'}, "
             f"for up to {gaps.max():.2f} s"
         )
-
-
-def _first_default(streams) -> Stream | None:
-    """Nearest to what players pick; FFmpeg's own rule (most pixels) would take any extra track."""
-    usable = [s for s in streams if s.codec_context is not None]
-    marked = [s for s in usable if s.disposition & Disposition.default]
-    return next(iter(marked or usable), None)
-
-
-def _top_level_boxes(path: Path) -> set[str]:
-    """Names of the outermost boxes of an ISO media file (ISO/IEC 14496-12, 4.2)."""
-    names: set[str] = set()
-    with path.open("rb") as file:
-        at = 0
-        while True:
-            file.seek(at)
-            header = file.read(16)
-            if len(header) < 8:
-                return names
-            size, name = struct.unpack(">I4s", header[:8])
-            names.add(name.decode("latin-1"))
-            if size == 1 and len(header) == 16:
-                size = struct.unpack(">Q", header[8:])[0]
-            if size < 8:  # 0: the box runs to the end of the file
-                return names
-            at += size
-
-
-def _averror(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)

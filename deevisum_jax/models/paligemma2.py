@@ -135,13 +135,13 @@ VARIANTS: dict[str, PaliGemma2Config] = {
         img=SiglipConfig(image_size=64, patch_size=16, width=64, depth=2, mlp_dim=192, num_heads=4),
         llm=Gemma2Config(
             vocab_size=1024,
-            width=128,
+            width=96,
             depth=6,
-            mlp_dim=384,
+            mlp_dim=256,
             num_heads=4,
             num_kv_heads=2,
-            head_dim=32,
-            query_pre_attn_scalar=32,
+            head_dim=24,
+            query_pre_attn_scalar=24,
         ),
     ),
     "quickstart_mentor": PaliGemma2Config(

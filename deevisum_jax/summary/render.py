@@ -7,11 +7,9 @@ does not grow with its length however it is interleaved. Time 0 is the first fra
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import os
-import struct
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -19,10 +17,11 @@ from pathlib import Path
 import av
 import numpy as np
 from av.container import InputContainer
-from av.stream import Disposition, Stream
+from av.stream import Stream
 from av.video.frame import PictureType
 from PIL import Image
 
+from deevisum_jax import media
 from deevisum_jax.errors import UserError
 
 _VIDEO_TICK = Fraction(1, 90_000)  # of the summary's pictures; the customary MPEG clock
@@ -75,7 +74,7 @@ def render_summary(
 
     partial = out_path.with_name(f".{out_path.stem}.{os.getpid()}.partial")
     try:
-        with _open(video_path) as pictures, _open(video_path) as sounds:
+        with media.open_media(video_path) as pictures, media.open_media(video_path) as sounds:
             film = _Film(partial, pictures, sounds, wanted, video_path)
             seconds = film.write()
         if not seconds:
@@ -112,9 +111,10 @@ def save_keyframes(
     paths = [folder / f"{k:03d}_{time_s:.2f}s.jpg" for k, time_s in enumerate(times_s)]
     waiting = sorted(range(len(times_s)), key=lambda k: times_s[k], reverse=True)
     upright = _Upright("rgb24", even=False)
-    with _open(Path(video_path)) as container:
+    with media.open_media(video_path) as container:
         on_screen = None
-        for frame, time_s, _ in _frames(container, _video_stream(container, video_path)):
+        stream = media.video_stream(container, video_path)
+        for frame, time_s in media.FrameReader(container, stream):
             while waiting and on_screen and times_s[waiting[-1]] < time_s - _SLACK_S:
                 _save_jpeg(upright(on_screen), paths[waiting.pop()])
             if not waiting:
@@ -181,9 +181,9 @@ class _Film:
         name: Path,
     ):
         self._target = target
-        self._pictures = pictures
+        self._source = media.video_stream(pictures, name)
+        self._reader = media.FrameReader(pictures, self._source)
         self._sounds = sounds
-        self._source = _video_stream(pictures, name)
         self._intervals = intervals
         lengths = np.array([end - start for start, end in intervals])
         self._offsets = np.concatenate([[0.0], np.cumsum(lengths)])  # in the summary, seconds
@@ -204,16 +204,16 @@ class _Film:
         except (av.FFmpegError, OSError) as error:
             raise UserError(
                 f"{self._target.parent}: writing the summary there failed "
-                f"[{error.strerror or error}]; check free space and permissions"
+                f"[{media.reason(error)}]; check free space and permissions"
             ) from error
         return self._written_s
 
     def _run(self) -> None:
-        held, held_s, zero_s, stays_s, first = None, 0.0, 0.0, 0.0, 0
-        for frame, time_s, zero_s in _frames(self._pictures, self._source):
+        held, held_s, stays_s, first = None, 0.0, 0.0, 0
+        for frame, time_s in self._reader:
             if held is not None:
                 stays_s = time_s - held_s
-                first = self._show(held, held_s, time_s, first, zero_s)
+                first = self._show(held, held_s, time_s, first)
                 if first == len(self._intervals):
                     break
             held, held_s = frame, time_s
@@ -221,16 +221,14 @@ class _Film:
             if held is not None:
                 # A last frame without a duration stays as long as the one before it.
                 stays_s = float((held.duration or 0) * held.time_base) or stays_s or 0.04
-                self._show(held, held_s, held_s + stays_s, first, zero_s)
+                self._show(held, held_s, held_s + stays_s, first)
         if self._out is not None:
             if self._sound is not None:
                 self._sound.write(self._written_s, self._out)
                 self._sound.flush(self._out)
             self._mux(self._video.encode(None))
 
-    def _show(
-        self, frame: av.VideoFrame, start_s: float, end_s: float, first: int, zero_s: float
-    ) -> int:
+    def _show(self, frame: av.VideoFrame, start_s: float, end_s: float, first: int) -> int:
         """Encodes a picture for every interval in which it is seen; the next interval to look at.
 
         `first`: the intervals before it are over. Times are those of the source.
@@ -247,18 +245,16 @@ class _Film:
                 if to_s - gone_s <= _SLACK_S:
                     gone_s = to_s
                 shift_s = self._offsets[first] - from_s
-                self._encode(frame, seen_s + shift_s, gone_s + shift_s, fresh, zero_s)
+                self._encode(frame, seen_s + shift_s, gone_s + shift_s, fresh)
             if end_s < to_s - _SLACK_S:
                 return first
             first += 1
         return first
 
-    def _encode(
-        self, frame: av.VideoFrame, start_s: float, end_s: float, fresh: bool, zero_s: float
-    ) -> None:
+    def _encode(self, frame: av.VideoFrame, start_s: float, end_s: float, fresh: bool) -> None:
         picture = self._upright(frame)
         if self._out is None:
-            self._begin(picture, frame, zero_s)
+            self._begin(picture, frame)
         start, end = round(start_s / _VIDEO_TICK), round(end_s / _VIDEO_TICK)
         picture.pts, picture.time_base = start, _VIDEO_TICK
         # The source's own picture types would bind the encoder; a new shot starts afresh.
@@ -269,7 +265,7 @@ class _Film:
         if self._sound is not None and end_s - self._sound.written_s > _SOUND_CHUNK_S:
             self._sound.write(end_s, self._out)
 
-    def _begin(self, picture: av.VideoFrame, frame: av.VideoFrame, zero_s: float) -> None:
+    def _begin(self, picture: av.VideoFrame, frame: av.VideoFrame) -> None:
         self._out = av.open(
             str(self._target), "w", format="mp4", options={"movflags": "+faststart"}
         )
@@ -284,16 +280,21 @@ class _Film:
         context.options = {"crf": "20", "preset": "veryfast", "bf": "0"}
         aspect = self._source.sample_aspect_ratio
         if aspect:
-            turned = _upright_turn(frame)[0] % 2
+            turned = media.upright_turn(frame)[0] % 2
             context.sample_aspect_ratio = 1 / aspect if turned else aspect
         context.color_range = picture.color_range
         context.colorspace = picture.colorspace
         context.color_primaries = picture.color_primaries
         context.color_trc = picture.color_trc
-        stream = _first_default(self._sounds.streams.audio)
+        stream = media.audio_stream(self._sounds)
         if stream is not None and stream.sample_rate:
             self._sound = _Sound(
-                self._sounds, stream, self._out, self._intervals, self._offsets, zero_s
+                self._sounds,
+                stream,
+                self._out,
+                self._intervals,
+                self._offsets,
+                self._reader.zero_s,
             )
 
     def _mux(self, packets: list[av.Packet]) -> None:
@@ -404,14 +405,11 @@ class _Samples:
         """(place of the first sample, float32[channels, n]), ascending and not overlapping."""
         resamplers: dict[tuple[str, str, int], av.AudioResampler] = {}
         expected = None
-        for frame in _decoded(container, stream):
+        for frame, time_s in media.read_sound(container, stream):
             key = (frame.format.name, frame.layout.name, frame.sample_rate)
             if key not in resamplers:
                 resamplers[key] = av.AudioResampler("fltp", self._layout, self._rate)
-            stamp = None
-            if frame.pts is not None:
-                time_s = float(frame.pts * frame.time_base) - self._zero_s
-                stamp = round(time_s * self._rate)
+            stamp = None if time_s is None else round((time_s - self._zero_s) * self._rate)
             jitter = _CLOCK_JITTER_S * self._rate
             if expected is None or (stamp is not None and abs(stamp - expected) > jitter):
                 at = stamp or 0
@@ -435,7 +433,7 @@ class _Upright:
         self._graphs: dict[tuple, av.filter.Graph] = {}
 
     def __call__(self, frame: av.VideoFrame) -> av.VideoFrame:
-        turn, mirrored = _upright_turn(frame)
+        turn, mirrored = media.upright_turn(frame)
         if self._size is None:
             self._size = (frame.height, frame.width) if turn % 2 else (frame.width, frame.height)
         key = (frame.width, frame.height, frame.format.name, turn, mirrored)
@@ -474,88 +472,6 @@ class _Upright:
             before.link_to(after)
         graph.configure()
         return graph
-
-
-def _upright_turn(frame: av.VideoFrame) -> tuple[int, bool]:
-    """(quarter turns counter-clockwise, mirror left-right first) that put `frame` upright.
-
-    The display matrix takes a stored point (x right, y down) to x' = a x + c y, y' = b x + d y in
-    16.16 fixed point (libavutil/display.h).
-    """
-    matrix = frame.side_data.get("DISPLAYMATRIX")
-    if matrix is None:
-        return 0, False
-    a, b, _, c, d = struct.unpack("<5i", bytes(matrix)[:20])
-    mirrored = a * d - b * c < 0
-    if mirrored:
-        a, b = -a, -b
-    return round(math.atan2(-b, a) / (math.pi / 2)) % 4, mirrored
-
-
-def _frames(
-    container: InputContainer, stream: Stream
-) -> Iterator[tuple[av.VideoFrame, float, float]]:
-    """(frame, seconds since the first frame, container time of the first frame), ascending."""
-    stream.thread_type = "AUTO"
-    rate = stream.average_rate or stream.guessed_rate or 25
-    previous_s = zero_s = None
-    for frame in _decoded(container, stream):
-        stamp = frame.pts if frame.pts is not None else frame.dts
-        time_s = None if stamp is None else float(stamp * frame.time_base)
-        if zero_s is None:
-            zero_s = previous_s = time_s or 0.0
-        elif time_s is None or time_s <= previous_s:
-            # Decoders hand frames out in the order they are shown: the stamp is at fault.
-            previous_s += float(1 / rate)
-        else:
-            previous_s = time_s
-        yield frame, previous_s - zero_s, zero_s
-
-
-def _decoded(container: InputContainer, stream: Stream) -> Iterator:
-    """Whatever decodes of a stream; damaged packets are passed over."""
-    packets = container.demux(stream)
-    while True:
-        try:
-            packet = next(packets, None)
-        except av.FFmpegError:  # reading stops here; the decoder may still hold frames
-            packet = None
-        if packet is None:
-            packet = av.Packet()
-            packet.stream = stream
-        with contextlib.suppress(av.FFmpegError):
-            yield from packet.decode()
-        if not packet.size:  # that was the flush
-            return
-
-
-def _open(path: Path) -> InputContainer:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give the path of a video")
-    try:
-        # Only local bytes: a playlist must not make FFmpeg fetch what it names.
-        return av.open(os.path.abspath(path), options={"protocol_whitelist": "file"})
-    except (av.FFmpegError, OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: not a video that FFmpeg can read; give an mp4, mkv, webm or avi file "
-            f"[{getattr(error, 'strerror', None) or error}]"
-        ) from error
-
-
-def _video_stream(container: InputContainer, path: str | os.PathLike) -> Stream:
-    """The stream a player would show: the first one marked default, cover pictures aside."""
-    stream = _first_default(
-        [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-    )
-    if stream is None:
-        raise UserError(f"{path}: has no video stream that decodes; give a file with pictures")
-    return stream
-
-
-def _first_default(streams: Sequence[Stream]) -> Stream | None:
-    usable = [s for s in streams if s.codec_context is not None]
-    marked = [s for s in usable if s.disposition & Disposition.default]
-    return next(iter(marked or usable), None)
 
 
 def _save_jpeg(picture: av.VideoFrame, path: Path) -> None:

@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from deevisum_jax.errors import UserError
+from deevisum_jax.files import write_whole
 from deevisum_jax.summary.protocols import Result
 
 _THUMBNAIL_W = 400  # pixels
@@ -378,9 +379,4 @@ def _write(path: str | os.PathLike, template: str, **values: Any) -> None:
     path = Path(path)
     if not path.parent.is_dir():
         raise UserError(f"{path}: the folder {path.parent} does not exist; create it first")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(page, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, page)

@@ -10,7 +10,7 @@ import pytest
 
 from deevisum_jax.data import audio
 from deevisum_jax.data.audio import decode_audio, describe, log_mel, measure
-from tests.data.media import solid_frames, write_video
+from tests.media import solid_frames, write_video
 
 RATE = audio.SAMPLE_RATE
 TIME = np.arange(2 * RATE) / RATE  # the window that a segment has, 2 s
@@ -102,8 +102,8 @@ def test_gap_in_the_sound_is_zeros_and_what_follows_stays_in_place(tmp_path):
 
 
 def test_channels_are_mixed_without_clipping(tmp_path):
-    loud = np.full((RATE, 2), 0.9)
-    half = loud * [1, 0]
+    loud = np.full((2, RATE), 0.9)
+    half = loud * [[1], [0]]
     for sound, level in ((loud, 0.9), (half, 0.45)):
         path = write_video(tmp_path / "stereo.mkv", solid_frames([0] * 24), audio=sound)
         np.testing.assert_allclose(decode_audio(path)[100:-100], level, atol=1e-3)

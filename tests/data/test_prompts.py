@@ -19,9 +19,7 @@ class Letters:
 
 
 def encoder(text_len: int, template: str = "{title}|{transcript}|{sound}") -> PromptEncoder:
-    return PromptEncoder(
-        tokenizer=Letters(), template=PromptTemplate(template), text_len=text_len
-    )
+    return PromptEncoder(tokenizer=Letters(), template=PromptTemplate(template), text_len=text_len)
 
 
 def prefix_of(encoded: dict[str, np.ndarray]) -> str:
@@ -155,7 +153,5 @@ def test_with_a_trained_tokenizer(tmp_path):
     encoder = PromptEncoder(tokenizer=tokens, template=load_template(), text_len=64)
     encoded = encoder.encode(title="the red ball", transcript="", sound="no sound", label=1)
     real = encoded["tokens"][encoded["mask_input"]]
-    assert tokens.decode(real) == (
-        "title: the red ball\ntranscript: \nsound: no sound\nyes"
-    )
+    assert tokens.decode(real) == ("title: the red ball\ntranscript: \nsound: no sound\nyes")
     assert len(set(encoder.label_tokens)) == len(prompts.LABEL_WORDS)

@@ -7,7 +7,7 @@ import pytest
 
 from deevisum_jax.data.subtitles import Cue, load_subtitles, read_subtitles, text_between
 from deevisum_jax.errors import UserError
-from tests.data.media import solid_frames, write_video
+from tests.media import solid_frames, write_video
 
 SRT = """1
 00:00:01,000 --> 00:00:02,500

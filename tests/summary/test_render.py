@@ -1,5 +1,6 @@
 """The summary film: exact pictures, sound in step, awkward sources, clean failure."""
 
+import functools
 import os
 import struct
 
@@ -10,13 +11,15 @@ from PIL import Image
 
 from deevisum_jax.errors import UserError
 from deevisum_jax.summary.render import keyframe_times, render_summary, save_keyframes
-from tests.summary import films
-from tests.summary.films import decode, frame_numbers, stream_durations, write_video
+from tests import media
+from tests.media import decode, frame_numbers, stream_durations
+
+write_video = functools.partial(media.write_video, fps=25)
 
 
 @pytest.fixture(scope="module")
 def numbered_frames():
-    return films.numbered_frames()
+    return media.numbered_frames()
 
 
 def read_jpeg(path):
@@ -25,7 +28,9 @@ def read_jpeg(path):
 
 
 def test_pictures_are_those_of_the_intervals(tmp_path, numbered_frames):
-    source = write_video(tmp_path / "in.mp4", numbered_frames, codec="libx264")
+    source = write_video(
+        tmp_path / "in.mp4", numbered_frames, options={"crf": "10", "preset": "fast", "bf": "2"}
+    )
     out = tmp_path / "out.mp4"
     seconds = render_summary(source, [(2.0, 2.4), (0.4, 0.8)], out)  # 25 fps, any order
     frames, times, sound, _ = decode(out)
@@ -106,10 +111,10 @@ def test_picture_and_sound_stay_together(tmp_path, name, codec, sound_codec, rat
         tmp_path / name,
         frames,
         codec=codec,
-        sound=sound,
-        sound_rate=rate,
-        sound_codec=sound_codec,
-        sound_start_s=start_s,
+        audio=sound,
+        audio_rate=rate,
+        audio_codec=sound_codec,
+        audio_start_s=start_s,
     )
     intervals = [(0.52, 1.48), (2.6, 3.0), (4.04, 5.0)]
     seconds = render_summary(source, intervals, tmp_path / "out.mp4")
@@ -136,7 +141,7 @@ def test_sound_keeps_level_channels_and_ends_with_the_stream(tmp_path, numbered_
     t = np.arange(rate) / rate  # one second of sound in a film of four
     sound = 0.5 * np.stack([np.sin(2 * np.pi * 440 * t), np.sin(2 * np.pi * 880 * t)])
     source = write_video(
-        tmp_path / "in.mkv", numbered_frames, sound=sound.astype(np.float32), sound_rate=rate
+        tmp_path / "in.mkv", numbered_frames, audio=sound.astype(np.float32), audio_rate=rate
     )
     render_summary(source, [(0.5, 2.5)], tmp_path / "out.mp4")
     _, _, out, out_rate = decode(tmp_path / "out.mp4")
@@ -153,7 +158,7 @@ def test_sound_keeps_level_channels_and_ends_with_the_stream(tmp_path, numbered_
 def test_joins_fade_and_do_not_click(tmp_path, numbered_frames):
     rate = 16_000
     sound = np.full((1, 4 * rate), 0.5, np.float32)  # a constant: any cut would be a step
-    source = write_video(tmp_path / "in.mkv", numbered_frames, sound=sound, sound_rate=rate)
+    source = write_video(tmp_path / "in.mkv", numbered_frames, audio=sound, audio_rate=rate)
     render_summary(source, [(1.0, 2.0), (3.0, 3.5)], tmp_path / "out.mp4")
     _, _, out, _ = decode(tmp_path / "out.mp4")
     assert np.abs(out[0, rate - 8 : rate + 8]).min() < 0.1
@@ -188,7 +193,7 @@ def corner_frames(height=45, width=63):
 
 
 def test_odd_sizes_lose_their_last_row_and_column(tmp_path):
-    source = write_video(tmp_path / "in.mkv", corner_frames(), codec="ffv1")
+    source = write_video(tmp_path / "in.mkv", corner_frames(), codec="ffv1", pix_fmt="yuv444p")
     render_summary(source, [(0.0, 0.4)], tmp_path / "out.mp4")
     frames, *_ = decode(tmp_path / "out.mp4")
     assert frames.shape == (10, 44, 62, 3)
@@ -218,7 +223,7 @@ def rotated(source, target, matrix):
     ],
 )
 def test_rotated_sources_come_out_upright(tmp_path, matrix, size, red, green):
-    plain = write_video(tmp_path / "plain.mp4", corner_frames(44, 64), codec="libx264")
+    plain = write_video(tmp_path / "plain.mp4", corner_frames(44, 64))
     source = rotated(plain, tmp_path / "in.mp4", matrix)
     render_summary(source, [(0.0, 0.4)], tmp_path / "out.mp4")
     with av.open(str(tmp_path / "out.mp4")) as film:
@@ -241,8 +246,8 @@ def test_rotated_sources_come_out_upright(tmp_path, matrix, size, red, green):
 
 def test_damage_in_the_middle_is_passed_over(tmp_path, numbered_frames):
     source = write_video(
-        tmp_path / "in.avi", numbered_frames, sound=np.zeros((1, 64_000), np.float32),
-        sound_rate=16_000, sound_codec="pcm_s16le",
+        tmp_path / "in.avi", numbered_frames, codec="mpeg4", audio=np.zeros((1, 64_000), np.float32),
+        audio_rate=16_000, audio_codec="pcm_s16le",
     )  # fmt: skip
     data = bytearray(source.read_bytes())
     middle = len(data) // 2
@@ -257,7 +262,7 @@ def test_damage_in_the_middle_is_passed_over(tmp_path, numbered_frames):
 
 def test_what_lies_past_the_end_is_cut_off(tmp_path, numbered_frames):
     sound = np.zeros((1, 80_000), np.float32)  # the sound goes on for a second
-    source = write_video(tmp_path / "in.mkv", numbered_frames, sound=sound, sound_rate=16_000)
+    source = write_video(tmp_path / "in.mkv", numbered_frames, audio=sound, audio_rate=16_000)
     seconds = render_summary(source, [(3.0, 9.0)], tmp_path / "out.mp4")
     assert seconds == pytest.approx(1.0, abs=1e-3)
     durations = stream_durations(tmp_path / "out.mp4")

@@ -10,6 +10,7 @@ import pytest
 from deevisum_jax.data import audio, video
 from deevisum_jax.errors import UserError
 from deevisum_jax.summary import metrics
+from tfds_builders import records
 from tfds_builders.synthetic import annotators, paint, produce, scenario, sound, synthetic
 
 RULES = scenario.Rules()
@@ -199,7 +200,7 @@ def share_of(frame: np.ndarray, colour: str) -> float:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> synthetic.Synthetic:
-    return synthetic.build(tmp_path_factory.mktemp("data"), "tiny")
+    return records.build(synthetic.Synthetic, tmp_path_factory.mktemp("data"), "tiny")
 
 
 def drawn_of(builder: synthetic.Synthetic, split: str, index: int) -> scenario.Scenario:
@@ -208,12 +209,12 @@ def drawn_of(builder: synthetic.Synthetic, split: str, index: int) -> scenario.S
 
 
 def test_records_hold_the_fields_of_the_contract(tiny):
-    assert {name: len(synthetic.read(tiny, name)) for name in tiny.info.splits} == {
+    assert {name: len(records.read(tiny, name)) for name in tiny.info.splits} == {
         "train": 4,
         "validation": 2,
         "test": 2,
     }
-    for index, record in enumerate(synthetic.read(tiny, "train")):
+    for index, record in enumerate(records.read(tiny, "train")):
         drawn = drawn_of(tiny, "train", index)
         n, points = drawn.n_frames, drawn.num_points
         assert record["video_id"] == f"synthetic_train_{index:04d}"
@@ -257,15 +258,15 @@ def test_two_builds_are_equal_byte_for_byte_and_another_seed_differs(tiny, tmp_p
         ]
         return {path.name: path.read_bytes() for path in files}
 
-    again = synthetic.build(tmp_path, "tiny")
+    again = records.build(synthetic.Synthetic, tmp_path, "tiny")
     assert len(contents(tiny)) == 3 + 2 * 8
     assert contents(again) == contents(tiny)
 
     changed = dataclasses.replace(
         again.builder_config, name="other_seed", seed=1, num_videos={"train": 1}
     )
-    other = synthetic.read(synthetic.build(tmp_path, changed), "train")[0]
-    mine = synthetic.read(tiny, "train")[0]
+    other = records.read(records.build(synthetic.Synthetic, tmp_path, changed), "train")[0]
+    mine = records.read(tiny, "train")[0]
     assert other["user_scores"].tolist() != mine["user_scores"].tolist()
     assert other["frames"] != mine["frames"]
 
@@ -273,9 +274,10 @@ def test_two_builds_are_equal_byte_for_byte_and_another_seed_differs(tiny, tmp_p
 def test_reading_needs_neither_tensorflow_nor_jax(tiny):
     code = (
         "import sys\n"
+        "from tfds_builders import records\n"
         "from tfds_builders.synthetic import synthetic\n"
-        "builder = synthetic.build(sys.argv[1], 'tiny')\n"
-        "print(synthetic.read(builder, 'test')[0]['title'])\n"
+        "builder = records.build(synthetic.Synthetic, sys.argv[1], 'tiny')\n"
+        "print(records.read(builder, 'test')[0]['title'])\n"
         "assert not {'tensorflow', 'jax', 'torch'} & set(sys.modules)\n"
     )
     done = subprocess.run(
@@ -289,10 +291,10 @@ def test_reading_needs_neither_tensorflow_nor_jax(tiny):
 
 
 def test_records_end_where_the_split_ends(tiny):
-    records = synthetic.read(tiny, "test")
-    assert len(list(records)) == 2
+    test = records.read(tiny, "test")
+    assert len(list(test)) == 2
     with pytest.raises(IndexError, match="there are 2 records, got index 2"):
-        records[2]
+        test[2]
 
 
 @pytest.fixture(scope="module")
@@ -370,6 +372,6 @@ def test_an_interrupted_write_leaves_no_file(tmp_path):
 
 def test_unknown_names_are_explained(tiny, tmp_path):
     with pytest.raises(UserError, match="did you mean 'quickstart'"):
-        synthetic.build(tmp_path, "quickstrat")
+        records.build(synthetic.Synthetic, tmp_path, "quickstrat")
     with pytest.raises(UserError, match="no split 'validaton'; did you mean 'validation'"):
-        synthetic.read(tiny, "validaton")
+        records.read(tiny, "validaton")

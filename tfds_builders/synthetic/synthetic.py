@@ -17,15 +17,13 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 import tensorflow_datasets as tfds
 
-from deevisum_jax.errors import UserError, closest
-from tfds_builders.records import DECODERS, Records, record_features
+from tfds_builders.records import record_features
 from tfds_builders.synthetic import produce, scenario
 
 
@@ -95,29 +93,3 @@ class Synthetic(tfds.core.GeneratorBasedBuilder):
 def videos_folder(builder: Synthetic) -> pathlib.Path:
     """Where the MP4 files of a builder's config are, one folder per split."""
     return pathlib.Path(builder.data_dir).parent / "videos"
-
-
-def build(data_dir: str | os.PathLike, config: str | SyntheticConfig = "quickstart") -> Synthetic:
-    """Opens the data set under `data_dir`, generating it first if it is not there.
-
-    Raises:
-      UserError: there is no config of this name.
-    """
-    names = [known.name for known in CONFIGS]
-    if isinstance(config, str) and config not in names:
-        raise UserError(f"no synthetic data set is named {config!r}; {closest(config, names)}")
-    builder = Synthetic(data_dir=os.fspath(data_dir), config=config, file_format="array_record")
-    builder.download_and_prepare()
-    return builder
-
-
-def read(builder: Synthetic, split: str) -> Records:
-    """The records of a split, in the order of the videos, with frames as JPEG bytes.
-
-    Raises:
-      UserError: there is no split of this name.
-    """
-    if split not in builder.info.splits:
-        name, choices = builder.info.full_name, builder.info.splits
-        raise UserError(f"{name} has no split {split!r}; {closest(split, choices)}")
-    return Records(builder.as_data_source(split, decoders=DECODERS))

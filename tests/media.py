@@ -1,7 +1,8 @@
-"""Writes small video files for tests with PyAV."""
+"""Small video files whose every frame and sample is known: written, and read back, with PyAV."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -42,7 +43,7 @@ def write_video(
       options: encoder options.
       rotation: a player turns the stored picture by this many degrees counter-clockwise.
       mirrored: a player mirrors the stored picture left to right, and then turns it.
-      audio: float[n] or float[n, 2] in [-1, 1] at `audio_rate`.
+      audio: float[n] or float[2, n] in [-1, 1] at `audio_rate`.
       audio_rate: samples per second.
       audio_start_s: timestamp of the first sample.
       audio_codec: sound encoder; None = AAC in mp4, 16-bit PCM elsewhere.
@@ -69,9 +70,9 @@ def write_video(
             video.set_display_matrix(matrix)
         if audio is not None:
             audio_codec = audio_codec or ("aac" if path.suffix == ".mp4" else "pcm_s16le")
-            audio = audio[:, None] if audio.ndim == 1 else audio
-            layout = {1: "mono", 2: "stereo"}[audio.shape[1]]
+            layout = "mono" if audio.ndim == 1 or len(audio) == 1 else "stereo"
             sound = out.add_stream(audio_codec, rate=audio_rate, layout=layout)
+            blocks = _blocks(audio, audio_rate, audio_start_s, layout)
         if cues:
             text = out.add_mux_stream("subrip")
             text.time_base = Fraction(1, 1000)
@@ -83,16 +84,12 @@ def write_video(
             else:
                 frame.pts, frame.time_base = round(times_s[i] / _TICKS), _TICKS
             out.mux(video.encode(frame))
+            while audio is not None and blocks and blocks[0].time <= frame.time:
+                out.mux(sound.encode(blocks.popleft()))
         out.mux(video.encode())
         if audio is not None:
-            pcm = np.round(np.clip(audio, -1, 1) * 32767).astype(np.int16)
-            for at in range(0, len(pcm), 1024):
-                block = pcm[at : at + 1024].reshape(1, -1)
-                frame = av.AudioFrame.from_ndarray(block, format="s16", layout=layout)
-                frame.sample_rate = audio_rate
-                frame.pts = round(audio_start_s * audio_rate) + at
-                frame.time_base = Fraction(1, audio_rate)
-                out.mux(sound.encode(frame))
+            for block in blocks:
+                out.mux(sound.encode(block))
             out.mux(sound.encode())
         for start_s, end_s, line in cues:
             packet = av.Packet(line.encode())
@@ -122,5 +119,61 @@ def quadrants(height: int = 48, width: int = 64) -> np.ndarray:
     return picture
 
 
+def decode(path):
+    """`(frames uint8[N, H, W, 3], times float[N], sound float32[channels, n] | None, rate)`.
+
+    Sound is placed by its timestamps, sample 0 at the time 0 of the container.
+    """
+    with av.open(str(path)) as film:
+        pictures = list(film.decode(video=0))
+        frames = np.stack([p.to_ndarray(format="rgb24") for p in pictures])
+        times = np.array([p.time for p in pictures])
+    with av.open(str(path)) as film:
+        if not film.streams.audio:
+            return frames, times, None, 0
+        pieces = [
+            (round(p.time * p.sample_rate), p.to_ndarray().astype(np.float32), p.sample_rate)
+            for p in film.decode(audio=0)
+        ]
+    rate = pieces[0][2]
+    sound = np.zeros((len(pieces[0][1]), max(at + p.shape[1] for at, p, _ in pieces)), np.float32)
+    for at, piece, _ in pieces:
+        sound[:, max(at, 0) : at + piece.shape[1]] = piece[:, max(-at, 0) :]
+    return frames, times, sound, rate
+
+
+def stream_durations(path):
+    """Seconds by kind of stream, as the file's index says."""
+    with av.open(str(path)) as film:
+        return {s.type: float(s.duration * s.time_base) for s in film.streams}
+
+
+def numbered_frames():
+    """uint8[100, 48, 64, 3]: frame i shows the bits of i as eight bars, dark and bright."""
+    bits = np.arange(100)[:, None] >> np.arange(8) & 1
+    bars = np.repeat(40 + 170 * bits, 8, axis=1).astype(np.uint8)
+    return np.broadcast_to(bars[:, None, :, None], (100, 48, 64, 3))
+
+
+def frame_numbers(frames):
+    """Undoes `numbered_frames`, whatever the codec changed a little."""
+    bars = frames.reshape(len(frames), frames.shape[1], 8, -1, 3).mean((1, 3, 4))
+    return (bars > 125) @ (1 << np.arange(8))
+
+
+def _blocks(audio: np.ndarray, rate: int, start_s: float, layout: str) -> deque[av.AudioFrame]:
+    pcm = np.round(np.clip(np.atleast_2d(audio), -1, 1) * 32767).astype(np.int16)
+    blocks = deque()
+    for at in range(0, pcm.shape[1], 1024):
+        interleaved = np.ascontiguousarray(pcm[:, at : at + 1024].T).reshape(1, -1)
+        frame = av.AudioFrame.from_ndarray(interleaved, format="s16", layout=layout)
+        frame.sample_rate, frame.time_base = rate, Fraction(1, rate)
+        frame.pts = round(start_s * rate) + at
+        blocks.append(frame)
+    return blocks
+
+
 def _quality(codec: str) -> dict[str, str]:
-    return {"crf": "8", "preset": "ultrafast"} if codec == "libx264" else {}
+    if codec == "libx264":
+        return {"crf": "8", "preset": "ultrafast"}
+    return {"b": "2000000"} if codec in ("mpeg4", "libvpx") else {}

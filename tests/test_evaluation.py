@@ -1,0 +1,145 @@
+"""A prediction made by hand, held against people, and the report of it."""
+
+import json
+
+import numpy as np
+import pytest
+
+from deevisum_jax import evaluation
+from deevisum_jax.inference.cost import score_flops
+from deevisum_jax.inference.scoring import SegmentScores
+from deevisum_jax.models import paligemma2
+from deevisum_jax.summary import protocols
+from deevisum_jax.summary.protocols import VideoGroundTruth
+
+MODEL = paligemma2.get_config("tiny", exit_layers=(2, 4))
+
+
+def truth(name: str, scores) -> VideoGroundTruth:
+    """Four points, segments and shots of 2 s, 10 frames each; two people who agree."""
+    scores = np.asarray(scores, float)
+    best = np.repeat(scores == scores.max(), 10)
+    return VideoGroundTruth(
+        video_id=name,
+        n_frames=40,
+        native_fps=5.0,
+        duration_s=8.0,
+        score_times=np.array([1.0, 3.0, 5.0, 7.0]),
+        user_scores=np.stack([scores, scores]),
+        user_summary=np.stack([best, best]),
+        shots=np.array([[0, 10], [10, 20], [20, 30], [30, 40]]),
+    )
+
+
+BOUNDS = np.array([[0, 2], [2, 4], [4, 6], [6, 8]])
+TRUTHS = [truth("a", [1, 2, 3, 4]), truth("b", [4, 1, 2, 3])]
+# The first exit has every order reversed, the second right; the first two segments leave at once.
+PREDICTION = evaluation.Prediction(
+    bounds=[BOUNDS, BOUNDS],
+    scores=[
+        SegmentScores(
+            importance=np.stack([1 - row, row]),
+            summary_prob=np.array([[0.95, 0.05, 0.5, 0.5], [0.5, 0.5, 0.5, 0.5]]),
+        )
+        for row in (np.array([0.2, 0.4, 0.6, 0.8]), np.array([0.8, 0.2, 0.4, 0.6]))
+    ],
+)
+
+
+@pytest.fixture
+def config(tiny_config):
+    return tiny_config("eval.budget=0.25")
+
+
+def test_every_exit_has_its_row(config):
+    rows = evaluation.evaluate_exits(TRUTHS, PREDICTION, config, MODEL)
+    assert list(rows) == ["exit_2", "exit_4", "early_exit"]
+    assert (rows["exit_2"].tau, rows["exit_2"].f1) == (-1.0, 0.0)
+    assert (rows["exit_4"].tau, rows["exit_4"].rho) == (1.0, 1.0)
+    assert rows["exit_4"].f1 == 1.0  # the budget is one shot, the best one
+    # a: 0.8 0.6 0.6 0.8 against 1 2 3 4, b: 0.2 0.8 0.4 0.6 against 4 1 2 3. Of a's six pairs two
+    # agree, two do not and two are tied: 0. Of b's one agrees (2 < 3 and 0.4 < 0.6): -4 / 6.
+    assert rows["early_exit"].tau == pytest.approx((0 - 4 / 6) / 2)
+
+
+def test_early_exit_cost_by_hand(config):
+    cost = evaluation.early_exit_cost(PREDICTION, config, MODEL)
+    assert cost["exit_threshold"] == 0.9
+    assert cost["exit_rate"] == {"2": 0.5, "4": 0.5}
+    assert cost["avg_depth"] == 3.0
+    two, four = (score_flops(MODEL, num_frames=1, text_len=48, depth=depth) for depth in (2, 4))
+    assert cost["compute_saved"] == pytest.approx(1 - (two + four) / 2 / four)
+
+
+def test_never_leaving_early_saves_nothing(tiny_config):
+    cost = evaluation.early_exit_cost(PREDICTION, tiny_config("eval.exit_threshold=1.0"), MODEL)
+    assert (cost["avg_depth"], cost["compute_saved"]) == (4.0, 0.0)
+
+
+@pytest.fixture
+def parts(config):
+    models = evaluation.evaluate_exits(TRUTHS, PREDICTION, config, MODEL)
+    train = [truth("c", [1, 2, 3, 4])]
+    return (
+        models,
+        protocols.baseline_rows(train, TRUTHS, seed=0, budget=0.25),
+        {"sound": models["exit_2"]},
+        evaluation.early_exit_cost(PREDICTION, config, MODEL),
+    )
+
+
+def test_the_report_holds_what_the_contract_names(parts):
+    report = evaluation.report_json(*parts, steps=7)
+    for name in (
+        "f1", "tau", "rho", "f1_early_exit", "tau_early_exit", "avg_depth", "compute_saved",
+        "wall_saved",
+    ):  # fmt: skip
+        assert name in report
+    assert (report["tau"], report["f1"], report["steps"]) == (1.0, 1.0, 7)
+    assert report["tau_early_exit"] == parts[0]["early_exit"].tau
+    assert set(report["protocols"]) >= {"tau", "rho", "f1"}
+    assert list(report["rows"]) == [
+        "exit_2", "exit_4", "early_exit", "random", "constant", "time", "human", "oracle",
+    ]  # fmt: skip
+    assert set(report["row_protocols"]) == {"random", "constant", "time", "human", "oracle"}
+    assert report["left_out"]["sound"]["tau"] == -1.0
+    assert report["per_video"]["b"] == {"tau": 1.0, "rho": 1.0, "f1": 1.0}
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+
+
+def test_the_table_has_a_line_per_row(parts):
+    lines = evaluation.table(evaluation.report_json(*parts, steps=7)).splitlines()
+    assert lines[0].split() == ["row", "tau", "rho", "F1"]
+    assert lines[2].split() == ["exit_4", "1.000", "1.000", "100.0"]
+    assert any(line.startswith("without sound") for line in lines)
+    assert lines[-1].startswith("early exit at 0.9: 3.00 layers on average")
+
+
+def test_the_page_shows_the_same_rows(parts, config):
+    history = [{"step": 1, "loss/total": 2.0}, {"step": 1, "validation/tau": 0.5}]
+    page = evaluation.report_page(*parts, config=config, history=history)
+    assert list(page.models) == ["exit_2", "exit_4", "early_exit"]
+    assert [row["layer"] for row in page.exits] == [2, 4]
+    assert page.exits[1]["tau"] == 1.0
+    assert [tuple(axis) for axis in page.losses["loss/total"]] == [(1,), (2.0,)]
+
+
+def test_ground_truth_of_a_record():
+    record = {
+        "video_id": "a",
+        "n_frames": 40,
+        "native_fps": 5.0,
+        "duration_s": 8.0,
+        "score_times": TRUTHS[0].score_times,
+        "user_scores": TRUTHS[0].user_scores,
+        "user_summary": TRUTHS[0].user_summary.astype(np.uint8),
+        "change_points": TRUTHS[0].shots,
+    }
+    [made] = evaluation.ground_truths([record])
+    assert made.user_summary.dtype == bool
+    np.testing.assert_array_equal(made.user_summary, TRUTHS[0].user_summary)
+    np.testing.assert_array_equal(made.shots, TRUTHS[0].shots)
+
+
+def test_the_deepest_exit_is_the_last_row():
+    np.testing.assert_array_equal(evaluation.deepest(PREDICTION.scores[0]), [0.2, 0.4, 0.6, 0.8])

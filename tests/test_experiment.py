@@ -1,0 +1,172 @@
+"""Whose folder it is, whose words, and which model: what a run is made of."""
+
+import dataclasses
+import pathlib
+
+import pytest
+
+from deevisum_jax import config as config_lib
+from deevisum_jax import datasets, experiment
+from deevisum_jax.data import tokenizer
+from deevisum_jax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def records(data_dir):
+    return datasets.Dataset("synthetic/tiny", str(data_dir)).split("train")
+
+
+def claim(workdir, config) -> config_lib.Config:
+    experiment.claim_workdir(workdir, config)
+    return config_lib.load(workdir / "config.json")
+
+
+def contents(folder: pathlib.Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def with_checkpoint(workdir):
+    (workdir / "checkpoints" / "100").mkdir(parents=True)
+
+
+def test_a_new_folder_is_made_and_the_same_run_may_come_back(tmp_path, tiny_config):
+    workdir = tmp_path / "runs" / "first"
+    assert claim(workdir, tiny_config()) == tiny_config()
+    with_checkpoint(workdir)
+    assert claim(workdir, tiny_config()) == tiny_config()
+    # The mesh, the pace of validation and the like change no trained number.
+    changed = tiny_config("mesh.fsdp=4", "mesh.data=1", "eval.every_steps=1", "log_every=9")
+    assert claim(workdir, changed) == changed
+
+
+def test_a_run_of_another_config_is_refused_and_left_alone(tmp_path, tiny_config):
+    claim(tmp_path, tiny_config())
+    with_checkpoint(tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match="holds a run of another config") as caught:
+        claim(tmp_path, tiny_config("seed=1", "optim.learning_rate=3.0", "log_every=7"))
+    assert "seed: 1 -> 0" not in str(caught.value)
+    assert "set back seed: 0 -> 1; optim.learning_rate: 0.01 -> 3.0" in str(caught.value)
+    assert contents(tmp_path) == before
+
+
+def test_a_mistake_before_the_first_checkpoint_does_not_take_the_folder(tmp_path, tiny_config):
+    claim(tmp_path, tiny_config("data.vocab_size=300"))
+    (tmp_path / "tokenizer.model").write_bytes(b"of the other config")
+    claim(tmp_path, tiny_config("data.vocab_size=300"))
+    assert (tmp_path / "tokenizer.model").exists()
+    assert claim(tmp_path, tiny_config("seed=1")) == tiny_config("seed=1")
+    assert not (tmp_path / "tokenizer.model").exists()
+
+
+def test_a_folder_with_something_else_in_it_is_refused(tmp_path, tiny_config):
+    (tmp_path / "thesis.tex").write_text("all of it")
+    with pytest.raises(UserError, match="is not empty and holds no run of ours"):
+        claim(tmp_path, tiny_config())
+    assert contents(tmp_path) == {"thesis.tex": b"all of it"}
+
+
+def test_a_folder_with_a_config_that_is_not_ours_is_refused(tmp_path, tiny_config):
+    (tmp_path / "config.json").write_text("{not ours}")
+    with pytest.raises(UserError, match="is not the config of a run"):
+        claim(tmp_path, tiny_config())
+    assert contents(tmp_path) == {"config.json": b"{not ours}"}
+
+
+def test_a_kill_while_the_config_was_written_is_no_obstacle(tmp_path, tiny_config):
+    (tmp_path / ".config.json.partial").write_text("{")
+    assert claim(tmp_path, tiny_config()) == tiny_config()
+
+
+@pytest.mark.parametrize("below", ["", "run"])
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, tiny_config, below):
+    (tmp_path / "file").write_text("a regular file")
+    with pytest.raises(UserError, match="cannot be written"):
+        claim(tmp_path / "file" / below, tiny_config())
+    assert contents(tmp_path) == {"file": b"a regular file"}
+
+
+def test_the_tokenizer_is_trained_once_and_kept(tmp_path, tiny_config, records):
+    made = experiment.make_tokenizer(tiny_config(), tmp_path, records)
+    again = experiment.make_tokenizer(tiny_config(), tmp_path, [])
+    assert again.processor.serialized_model_proto() == made.processor.serialized_model_proto()
+    assert made.vocab_size == 400 + 1152
+
+
+def test_a_given_tokenizer_is_copied(tmp_path, tiny_config, records):
+    given = tmp_path / "given.model"
+    tokenizer.train_tokenizer(["yes", "no"], given, vocab_size=300)
+    config = tiny_config(f"data.tokenizer={given}")
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    experiment.make_tokenizer(config, workdir, records)
+    assert (workdir / "tokenizer.model").read_bytes() == given.read_bytes()
+
+
+def test_a_run_that_starts_from_another_keeps_its_tokenizer(tmp_path, tiny_config, records):
+    other, workdir = tmp_path / "other", tmp_path / "run"
+    claim(other, tiny_config())
+    theirs = tokenizer.train_tokenizer(
+        ["quite", "another"], other / "tokenizer.model", vocab_size=280
+    )
+    workdir.mkdir()
+    ours = experiment.make_tokenizer(tiny_config(f"initialization={other}"), workdir, records)
+    assert ours.processor.serialized_model_proto() == theirs.processor.serialized_model_proto()
+
+
+def test_initialization_from_no_run_is_refused(tmp_path, tiny_config, records):
+    config = tiny_config("initialization=from_scrach")
+    with pytest.raises(UserError, match="'from_scrach' is neither 'from_scratch' nor the folder"):
+        experiment.make_tokenizer(config, tmp_path, records)
+
+
+@pytest.mark.parametrize(
+    ("exits", "message"),
+    [
+        ("(2,)", r"must end with the depth of tiny, 4"),
+        ("(2, 5)", r"must lie within 1 and the depth .* 4; out of range: \[5\]"),
+        ("(0, 4)", r"out of range: \[0\]"),
+        ("(4, 2)", r"must be strictly increasing; try \(2, 4\)"),
+        ("(2, 2, 4)", r"must be strictly increasing"),
+    ],
+)
+def test_exits_that_cannot_be(tmp_path, tiny_config, records, exits, message):
+    config = tiny_config(f"model.exit_layers={exits}")
+    tokens = experiment.make_tokenizer(config, tmp_path, records)
+    with pytest.raises(UserError, match=message):
+        experiment.model_config(config, tokens)
+
+
+def test_the_model_follows_the_config_and_the_tokenizer(tmp_path, tiny_config, records):
+    config = tiny_config("model.dtype=bfloat16", "model.remat_policy=None", "data.vocab_size=301")
+    tokens = experiment.make_tokenizer(config, tmp_path, records)
+    made = experiment.model_config(config, tokens)
+    assert (made.dtype, made.param_dtype, made.remat_policy) == ("bfloat16", "float32", None)
+    assert made.exit_layers == (2, 4)
+    # 301 + 1152 = 1453 pieces, up to a multiple of 128.
+    assert tokens.vocab_size == 1453
+    assert made.llm.vocab_size == 1536
+
+
+def test_unknown_names_are_refused(tmp_path, tiny_config, records):
+    tokens = experiment.make_tokenizer(tiny_config(), tmp_path, records)
+    for override, message in {
+        "model.variant=tny": "'tny' is unknown: did you mean 'tiny'",
+        "model.dtype=float16": "dtype 'float16' is unknown",
+        "model.remat_policy=everything": "everything",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            experiment.model_config(tiny_config(override), tokens)
+    with pytest.raises(UserError, match="raise it to at least"):
+        experiment.make_encoder(tiny_config("data.text_len=4"), tokens, 28)
+
+
+def test_the_encoder_follows_the_config(tmp_path, tiny_config, records):
+    config = tiny_config("data.left_out=('sound',)", "data.num_frames=3")
+    tokens = experiment.make_tokenizer(config, tmp_path, records)
+    encoder = experiment.make_encoder(config, tokens, 28)
+    assert (encoder.num_frames, encoder.image_size) == (3, 28)
+    assert encoder.left_out == ("sound",)
+    assert encoder.prompts.text_len == 48
+    source = experiment.make_source(dataclasses.replace(config, seed=1), records, encoder)
+    assert len(source) == 17  # 4 + 5 + 4 + 4 segments of two seconds

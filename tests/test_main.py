@@ -1,0 +1,316 @@
+"""The training program end to end: on many devices and on one, killed and resumed, misused.
+
+All runs here are the one of tests/tiny_config.py: six updates, saved every second one, validated
+after the fourth and the last.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from deevisum_jax import checkpoints, main, sharding, training_log
+from deevisum_jax import config as config_lib
+from deevisum_jax.inference import scoring
+
+REPO = pathlib.Path(__file__).parent.parent
+CONFIG = str(REPO / "tests" / "tiny_config.py")
+
+
+class Killed(Exception):
+    """Stands in for a kill."""
+
+
+@pytest.fixture(scope="module")
+def command(data_dir, compile_once):
+    """Runs the program in `workdir`; returns its exit status."""
+
+    def run(workdir: pathlib.Path, *flags: str) -> int:
+        data = f"--config.data.data_dir={data_dir}"
+        return main.main(["--config", CONFIG, "--workdir", str(workdir), data, *flags])
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(command, tmp_path_factory) -> pathlib.Path:
+    """The workdir of a run on a mesh of 2 x 2 x 2; not to be changed."""
+    workdir = tmp_path_factory.mktemp("runs") / "finished"
+    assert command(workdir) == 0
+    return workdir
+
+
+@pytest.fixture
+def kill_at(monkeypatch):
+    """The update of this step is done, but nothing of it logged or saved, when the kill comes."""
+
+    def arm(step: int) -> None:
+        def advance(self):
+            self._bar.update(1)
+            if self._bar.n == step:
+                raise Killed
+
+        monkeypatch.setattr(training_log.TrainingLog, "advance", advance)
+
+    yield arm
+    monkeypatch.undo()
+
+
+def lines(workdir: pathlib.Path) -> list[dict[str, float]]:
+    """What was logged, but for the speed."""
+    logged = training_log.read_metrics(workdir / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if k != "examples_per_s"} for line in logged]
+
+
+def final_params(workdir: pathlib.Path, step: int = 6):
+    config = config_lib.load(workdir / "config.json")
+    with jax.set_mesh(sharding.make_mesh(**dataclasses.asdict(config.mesh))):
+        abstract = main.Run(config, workdir)._abstract_params
+        with checkpoints.Checkpoints(workdir / "checkpoints") as saved:
+            return saved.restore_params(step, abstract)
+
+
+def saved_steps(workdir: pathlib.Path) -> set[int]:
+    return {int(path.name) for path in (workdir / "checkpoints").iterdir()}
+
+
+def contents(folder: pathlib.Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    assert {path.name for path in finished.iterdir()} == {
+        "config.json", "tokenizer.model", "metrics.jsonl", "tensorboard", "checkpoints",
+        "report.json", "report.html",
+    }  # fmt: skip
+    logged = lines(finished)
+    assert [line["step"] for line in logged] == [1, 2, 3, 4, 4, 5, 6, 6]
+    assert [line["step"] for line in logged if "validation/tau" in line] == [4, 6]
+    losses = [line["loss/total"] for line in logged if "loss/total" in line]
+    assert min(losses[3:]) < losses[0]  # it learns
+    report = json.loads((finished / "report.json").read_text())
+    assert set(report) >= {
+        "f1", "tau", "rho", "f1_early_exit", "tau_early_exit", "avg_depth", "compute_saved",
+        "wall_saved", "protocols",
+    }  # fmt: skip
+    assert set(report["left_out"]) == {"picture", "text", "sound"}
+    assert 2 <= report["avg_depth"] <= 4
+    page = (finished / "report.html").read_text()
+    assert "early_exit" in page
+    assert "loss/total" in page
+
+
+def test_the_newest_checkpoints_and_the_best_are_kept(finished):
+    taus = {line["step"]: line["validation/tau"] for line in lines(finished)[4::3]}
+    best = max(taus, key=lambda step: (taus[step], step))
+    assert saved_steps(finished) == {4, 6}
+    assert json.loads((finished / "report.json").read_text())["steps"] == best
+
+
+def test_one_device_gives_the_same_losses(finished, command, tmp_path, monkeypatch):
+    one = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
+    monkeypatch.setattr(sharding, "make_mesh", one)
+    flags = [f"--config.mesh.{axis}=1" for axis in sharding.MESH_AXES]
+    assert command(tmp_path / "run", *flags) == 0
+    found, expected = lines(tmp_path / "run"), lines(finished)
+    assert [line.keys() for line in found] == [line.keys() for line in expected]
+    for line, other in zip(found, expected, strict=True):
+        for name, value in line.items():
+            if name.startswith("loss/"):
+                assert value == pytest.approx(other[name], abs=1e-4), (line["step"], name)
+
+
+def test_a_killed_run_goes_on_to_the_same_numbers_to_the_bit(
+    finished, command, kill_at, tmp_path, monkeypatch
+):
+    workdir = tmp_path / "run"
+    kill_at(5)
+    with pytest.raises(Killed):
+        command(workdir)
+    monkeypatch.undo()
+    assert saved_steps(workdir) == {2, 4}
+    # Had the kill come later, in the middle of a line:
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "loss/total": 0.0}\n{"step": 6, "loss/to')
+    assert command(workdir) == 0
+    assert lines(workdir) == lines(finished)
+    jax.tree.map(np.testing.assert_array_equal, final_params(workdir), final_params(finished))
+    assert json.loads((workdir / "report.json").read_text()) == json.loads(
+        (finished / "report.json").read_text()
+    )
+
+
+def test_a_finished_run_is_evaluated_again_and_not_trained(finished, command, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    before = contents(workdir / "checkpoints") | {"log": (workdir / "metrics.jsonl").read_bytes()}
+    assert command(workdir, "--config.eval.ablate_inputs=False") == 0
+    assert "early_exit" in capsys.readouterr().out
+    after = contents(workdir / "checkpoints") | {"log": (workdir / "metrics.jsonl").read_bytes()}
+    assert after == before
+    report = json.loads((workdir / "report.json").read_text())
+    assert report["left_out"] == {}
+    expected = json.loads((finished / "report.json").read_text())
+    assert report | {"left_out": 0} == expected | {"left_out": 0}
+
+
+def test_evaluation_alone(finished, command, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    (workdir / "report.json").unlink()
+    flags = ["--config.eval.ablate_inputs=False", "--config.eval.exit_threshold=0.5"]
+    assert command(workdir, "--mode", "evaluate", *flags) == 0
+    report = json.loads((workdir / "report.json").read_text())
+    assert report["avg_depth"] == 2.0  # every segment is sure enough at the first exit
+    assert report["tau_early_exit"] == report["rows"]["exit_2"]["tau"]
+
+
+def test_a_run_can_start_from_the_parameters_of_another(finished, command, kill_at, tmp_path):
+    workdir = tmp_path / "run"
+    kill_at(2)
+    with pytest.raises(Killed):
+        command(workdir, f"--config.initialization={finished}")
+    [first] = lines(workdir)
+    best = json.loads((finished / "report.json").read_text())["steps"]
+    # The first update of the warm-up has rate 0: the parameters are still the other run's.
+    expected = optax.tree.norm(final_params(finished, best))
+    assert first["param_norm"] == pytest.approx(float(expected), rel=1e-6)
+    assert first["param_norm"] != pytest.approx(lines(finished)[0]["param_norm"], rel=1e-6)
+    assert (workdir / "tokenizer.model").read_bytes() == (finished / "tokenizer.model").read_bytes()
+
+
+def test_numbers_that_are_not_finite_are_never_saved(command, tmp_path, monkeypatch, capfd):
+    place, calls = scoring.place, []
+
+    def poisoned(fields, mesh):
+        calls.append(fields)
+        return place(
+            fields | {"score": fields["score"] * np.nan} if len(calls) > 2 else fields, mesh
+        )
+
+    monkeypatch.setattr(scoring, "place", poisoned)
+    assert command(tmp_path / "run", "--config.log_every=100") == 2
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "loss/total" in last
+    assert "not finite at step 4, after step 2" in last
+    assert saved_steps(tmp_path / "run") == {2}
+
+
+def refused(capfd, status: int) -> str:
+    """Checks that a command ended on one line, and returns it."""
+    captured = capfd.readouterr()
+    assert status == 2
+    assert captured.out == ""
+    [line] = captured.err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["batch_size=6"], "batch_size / optim.accumulate_steps=6 is not divisible by the mesh's"),
+        (["optim.accumulate_steps=4"], "accumulate_steps=2 is not divisible by the mesh's data x"),
+        (["batch_size=7", "optim.accumulate_steps=2"], "batch_size=7 is not divisible by optim."),
+        (["eval.batch_size=6"], "eval.batch_size=6 is not divisible"),
+        (["batch_size=32"], "batch_size=32 exceeds the 17 segments"),
+        (["mesh.data=3"], "do not multiply to the number of devices, 8"),
+        (["mesh.fsdp=1", "mesh.data=1", "mesh.tensor=8"], "does not divide these parameters"),
+        (["model.exit_layers=(2, 3)"], "must end with the depth of tiny, 4"),
+        (["model.exit_layers=(2, 7)"], "out of range: [7]"),
+        (["model.exit_layers=(4, 2)"], "strictly increasing"),
+        (["model.variant=tnny"], "did you mean 'tiny'"),
+        (["data.text_len=9"], "data.text_len=9 cannot hold the empty prompt"),
+        (["data.vocab_size=10"], "raise data.vocab_size"),
+        (["data.template=deevisun"], "did you mean 'deevisum'"),
+        (["data.dataset=synthetic/tinny"], "did you mean 'tiny'"),
+        (["data.dataset=sinthetic/tiny"], "did you mean 'synthetic'"),
+        (["data.left_out=('images',)"], "data.left_out names 'images'"),
+        (["eval.test_split=tset"], "has no split 'tset'; did you mean 'test'"),
+        (["optim.frozen=('image/.*',)"], "matches no parameter"),
+        (["optim.learning_rat=1"], "did you mean 'learning_rate'"),
+        (["initialization=elsewhere"], "is neither 'from_scratch' nor the folder of a run"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2_and_can_be_mended(
+    command, tmp_path, capfd, flags, message
+):
+    workdir = tmp_path / "run"
+    status = command(workdir, *(f"--config.{flag}" for flag in flags))
+    assert message in refused(capfd, status)
+    assert not (workdir / "metrics.jsonl").exists()
+    assert not (workdir / "report.json").exists()
+
+
+def test_a_data_folder_that_cannot_be_written(tmp_path, capfd):
+    (tmp_path / "file").touch()
+    flag = f"--config.data.data_dir={tmp_path / 'file' / 'below'}"
+    status = main.main(["--config", CONFIG, "--workdir", str(tmp_path / "run"), flag])
+    captured = capfd.readouterr()  # TFDS has told what it is about to build
+    assert status == 2
+    assert captured.err.splitlines()[-1].startswith(
+        "error: data set synthetic/tiny cannot be built"
+    )
+
+
+def test_a_run_of_another_config_is_left_alone(finished, command, capfd):
+    before = contents(finished)
+    line = refused(capfd, command(finished, "--config.seed=1"))
+    assert "holds a run of another config" in line
+    assert "seed: 0 -> 1" in line
+    assert contents(finished) == before
+
+
+def test_folders_that_are_not_for_us(command, tmp_path, capfd):
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "file").write_text("text")
+    assert "holds no run of ours" in refused(capfd, command(tmp_path / "theirs"))
+    assert "cannot be written" in refused(capfd, command(tmp_path / "theirs" / "file" / "run"))
+    status = command(tmp_path / "nothing", "--mode", "evaluate")
+    assert "holds no run to evaluate" in refused(capfd, status)
+    assert [path.name for path in tmp_path.rglob("*")] == ["theirs", "file"]
+
+
+def test_a_run_of_another_width_is_nothing_to_start_from(finished, command, tmp_path, capfd):
+    before = contents(finished)
+    flags = (f"--config.initialization={finished}", "--config.model.variant=quickstart_student")
+    status = command(tmp_path / "run", *flags, "--config.model.exit_layers=(2, 6)")
+    line = refused(capfd, status)
+    assert "holds a model of another architecture" in line
+    assert contents(finished) == before
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_flags_of_no_meaning_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main.main(["--config", CONFIG, "--workdir", str(tmp_path / "run"), "--sead=1"])
+    assert caught.value.code == 2
+    assert "unrecognized arguments: --sead=1" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_from_the_shell(tmp_path):
+    shell = subprocess.run(
+        [sys.executable, "-m", "deevisum_jax.main", "--config", "missing.py", "--workdir", "run"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(REPO)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert shell.returncode == 2
+    assert shell.stdout == ""
+    assert shell.stderr == (
+        "error: config file missing.py does not exist; the ones at hand are in configs/\n"
+    )
+    assert not list(tmp_path.iterdir())
