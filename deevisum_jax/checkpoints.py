@@ -6,8 +6,10 @@ under a temporary name and renamed when complete, so a kill at any moment leaves
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
+from collections.abc import Iterator
 
 import grain
 import orbax.checkpoint as ocp
@@ -115,12 +117,14 @@ class Checkpoints:
         """The parameters alone, onto the shapes, dtypes and shardings of `abstract`.
 
         Raises:
-          UserError: the step holds parameters of another architecture; names what differs.
+          UserError: the step holds parameters of another architecture (names what differs), or
+            is damaged.
         """
-        self._check(step, abstract)
-        restored = self._manager.restore(
-            step, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
-        )
+        with self._reading(step):
+            self._check(step, abstract)
+            restored = self._manager.restore(
+                step, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
+            )
         return restored["params"]
 
     def restore(
@@ -137,17 +141,18 @@ class Checkpoints:
           UserError: as `restore_params`.
         """
         params = optim.merge(abstract.params, abstract.frozen)
-        self._check(step, params)
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(params),
-                train_state=ocp.args.StandardRestore(
-                    {"opt_state": abstract.opt_state, "step": abstract.step}
+        with self._reading(step):
+            self._check(step, params)
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardRestore(params),
+                    train_state=ocp.args.StandardRestore(
+                        {"opt_state": abstract.opt_state, "step": abstract.step}
+                    ),
+                    data_iter=grain.checkpoint.CheckpointRestore(data_iter),
                 ),
-                data_iter=grain.checkpoint.CheckpointRestore(data_iter),
-            ),
-        )
+            )
         merged = flatten_dict(restored["params"])
         return dataclasses.replace(
             abstract,
@@ -155,6 +160,20 @@ class Checkpoints:
             params=unflatten_dict({path: merged[path] for path in flatten_dict(abstract.params)}),
             frozen=unflatten_dict({path: merged[path] for path in flatten_dict(abstract.frozen)}),
         )
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        """Orbax, tensorstore and Grain raise what they like over a damaged file."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"checkpoint {self._folder / str(step)} is damaged ({type(error).__name__}: "
+                f"{str(error).splitlines()[0] if str(error) else 'no reason given'}); remove that "
+                "folder to go on from the one before"
+            ) from error
 
     def _check(self, step: int, abstract: Params) -> None:
         """Compares names and shapes before any array is read."""

@@ -8,5 +8,8 @@ import pathlib
 def write_whole(path: pathlib.Path, content: str | bytes) -> None:
     """Writes under a temporary name in the same folder, then renames over `path`."""
     temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

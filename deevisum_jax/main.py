@@ -45,10 +45,16 @@ examples:
   python -m deevisum_jax.main --config configs/quickstart.py --workdir runs/lower_rate \\
       --config.optim.learning_rate=3e-4 --config.total_steps=500
 
-Any field of the config can be overridden; deevisum_jax/config.py explains them all.
-DIR gets config.json, metrics.jsonl, tensorboard/, checkpoints/, report.json and report.html. The
-same command again resumes a run that was stopped. Exit status: 0 done, 2 a mistake in what was
-given (one line says which, and the next step).
+The same command again resumes a run that was stopped. deevisum_jax/config.py explains every field.
+
+what DIR gets:
+  report.html     a page to look at: the student beside people and baselines, exit by exit
+  report.json     the same numbers, with the protocol of each
+  metrics.jsonl   a line per logged step; tensorboard/ has them as event files
+  checkpoints/    to resume from, and the best by validation tau
+  config.json, tokenizer.model   what the checkpoints need to be used
+
+Exit status: 0 done, 2 a mistake in what was given (one line says which, and the next step).
 """
 
 
@@ -89,7 +95,10 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Config]:
         help="train: train what is missing, then evaluate (default); evaluate: the best checkpoint",
     )
     parser.add_argument(
-        "--config.FIELD=VALUE", dest="unused", help="overrides a field of the config; repeatable"
+        # Shown in the help only; the overrides are what argparse does not know.
+        "--config.FIELD=VALUE",
+        action="store_true",
+        help="override a field of the config, such as --config.total_steps=500; repeatable",
     )
     args, rest = parser.parse_known_args(argv)
     unknown = [flag for flag in rest if not flag.startswith("--config.")]

@@ -14,10 +14,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import absl.logging
 import jax
 import numpy as np
 
-from deevisum_jax import checkpoints, experiment, sharding
+from deevisum_jax import checkpoints, experiment, media, sharding
 from deevisum_jax import config as config_lib
 from deevisum_jax.data import audio, pipeline, subtitles, tokenizer
 from deevisum_jax.data.segments import Video, segment_bounds
@@ -27,17 +28,26 @@ from deevisum_jax.files import write_whole
 from deevisum_jax.inference import scoring
 from deevisum_jax.models import paligemma2
 from deevisum_jax.summary import render, report, select, shots
+from deevisum_jax.summary.knapsack import knapsack
 
 _FRAME_RATE = 2.0  # frames per second looked at, the rate of the stored data sets
 _MIN_SUMMARY_S = 0.5  # below this there is nothing to watch
+# The knapsack counts in parts of the budget: milliseconds, or for long films (from 50 s of summary)
+# a little more, since its table has a cell for every shot and part.
+_MAX_BUDGET_PARTS = 50_000
 _THE_RUNS = object()  # stands for the run's own exit threshold; None is "off"
 _EXAMPLES = """\
 examples:
-  python -m deevisum_jax.summarize holiday.mp4 --checkpoint runs/quickstart --out out/
-  python -m deevisum_jax.summarize talk.mkv --checkpoint runs/quickstart --out out/ \\
+  python -m deevisum_jax.summarize holiday.mp4 --checkpoint runs/quickstart --out holiday/
+  python -m deevisum_jax.summarize talk.mkv --checkpoint runs/quickstart --out talk/ \\
       --title "Keynote" --subtitles talk.srt --budget 0.1 --exit_threshold off
 
-DIR gets summary.mp4, summary.json, report.html and keyframes/. It appears when all of it is done.
+what DIR gets, all of it or nothing:
+  report.html    a page to look at: the film, the scores over time, every shot, the words
+  summary.mp4    the chosen shots in order, H.264 and AAC
+  summary.json   the score and the exit of every segment, every shot and whether it was chosen
+  keyframes/     one still of each chosen shot
+
 Exit status: 0 done, 2 a mistake in what was given (one line says which, and the next step).
 """
 
@@ -46,7 +56,12 @@ Exit status: 0 done, 2 a mistake in what was given (one line says which, and the
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     args = parse(argv)
-    with _whole_folder(args.out) as folder, jax.set_mesh(sharding.make_mesh()):
+    # Orbax warns of much that is as it should be.
+    absl.logging.set_verbosity(absl.logging.ERROR)
+    with _whole_folder(args.out) as folder:
+        # A file that is no video is better known before gigabytes of parameters are read.
+        with media.open_media(args.video) as container:
+            media.video_stream(container, args.video)
         student = Student(args.checkpoint)
         film = read_film(
             args.video,
@@ -58,10 +73,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.exit_threshold is not _THE_RUNS:
             threshold = args.exit_threshold
         summary = summarize(film, student, budget=args.budget, threshold=threshold)
-        write_outputs(film, summary, folder, num_layers=student.model_config.llm.depth)
+        with _writing(args.out):
+            write_outputs(film, summary, folder, num_layers=student.model_config.llm.depth)
+    for note in film.notes:
+        print(f"note: {note}")
+    taken = sum(shot["selected"] for shot in summary["shots"])
     print(
-        f"{args.out}: {summary['selected_s']:.1f} s of {summary['duration_s']:.1f} s in "
-        f"{sum(shot['selected'] for shot in summary['shots'])} shots"
+        f"{args.out}: {summary['selected_s']:.1f} s of {summary['duration_s']:.1f} s "
+        f"in {taken} {'shot' if taken == 1 else 'shots'}; look at {args.out / 'report.html'}"
     )
     return 0
 
@@ -70,7 +89,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Flags, checked as far as they can be without opening a file."""
     parser = argparse.ArgumentParser(
         prog="python -m deevisum_jax.summarize",
-        description="Cuts a video down to the moments that matter.",
+        description="Cuts a video down to the moments that matter, by what is seen, said and "
+        "heard in it.\nThe model is one that `python -m deevisum_jax.main` has trained.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -82,34 +102,40 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         required=True,
         type=pathlib.Path,
         metavar="RUN",
-        help="workdir of a training run; its best checkpoint scores",
+        help="workdir of a training run; its best checkpoint judges",
     )
     add(
         "--out",
         required=True,
         type=pathlib.Path,
         metavar="DIR",
-        help="new or empty folder for the summary",
+        help="new or empty folder; what it gets is listed below",
     )
-    add("--title", help="what the video is about (default: the file's name)")
+    add(
+        "--title",
+        metavar="TEXT",
+        help="what the video is about; the model reads it (default: file name)",
+    )
     add(
         "--subtitles",
         metavar="FILE",
-        help=".srt or .vtt (default: one beside the video or inside it, if any)",
+        help="what is said in it, as .srt or .vtt (default: a file of the video's name beside it, "
+        "such as talk.srt or talk.en.vtt, else a text track inside, else none)",
     )
     add(
         "--budget",
         type=float,
         default=select.DEFAULT_BUDGET,
         metavar="SHARE",
-        help="share of the video to keep, above 0 and at most 1 (default: %(default)s)",
+        help="largest share of the video to keep, above 0 and at most 1 (default: %(default)s)",
     )
     add(
         "--exit_threshold",
         type=_threshold,
         metavar="off|P",
-        help="leave the model at the first exit whose class is at least this probable, 0.5 to 1; "
-        "off: always run every layer (default: the run's eval.exit_threshold)",
+        help="judge each segment at the first of the model's exits that is this sure of it, a "
+        "probability from 0.5 to 1; off: always at the last (default: the run's "
+        "eval.exit_threshold)",
         default=_THE_RUNS,
     )
     args = parser.parse_args(argv)
@@ -131,22 +157,33 @@ def _threshold(text: str) -> float | None:
 
 
 class Student:
-    """A trained run, ready to score any video."""
+    """A trained run, ready to score any video on all devices of this process."""
 
     def __init__(self, run: pathlib.Path) -> None:
-        """Loads the best checkpoint of a run onto the current mesh.
+        """Loads the best checkpoint of a run.
 
         Raises:
           UserError: `run` is no workdir of a run, or misses a part.
         """
+        parts = (
+            experiment.CONFIG_FILE,
+            experiment.TOKENIZER_FILE,
+            experiment.CHECKPOINT_FOLDER,
+        )
+        missing = [name for name in parts if not (run / name).exists()]
+        if missing:
+            raise UserError(
+                f"{run} is no workdir of a training run, it lacks {', '.join(missing)}; give "
+                "--checkpoint the folder that deevisum_jax.main was given as --workdir"
+            )
         self.config = config_lib.load(run / experiment.CONFIG_FILE)
         tokens = tokenizer.load_tokenizer(run / experiment.TOKENIZER_FILE)
         self.model_config = experiment.model_config(self.config, tokens)
         self.encoder = experiment.make_encoder(
             self.config, tokens, self.model_config.img.image_size
         )
-        self._mesh = jax.sharding.get_mesh()
         shapes = paligemma2.abstract_params(self.model_config)
+        self._mesh = scoring_mesh(shapes)
         shardings = sharding.param_shardings(shapes, self._mesh)
         abstract = jax.tree.map(
             lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
@@ -159,13 +196,44 @@ class Student:
         self._score_fn = functools.partial(score_fn, params)
 
     def score(self, video: Video) -> tuple[np.ndarray, scoring.SegmentScores]:
-        """Segment borders `float[M, 2]` in seconds, and their scores at every exit."""
+        """Segment borders `float[M, 2]` in seconds, and their scores at every exit.
+
+        A batch is the run's `eval.batch_size`, no larger than the video needs, rounded up to what
+        the devices divide.
+        """
         bounds = segment_bounds(video.duration_s, self.config.data.segment_s)
+        rows = min(self.config.eval.batch_size, len(bounds))
         batches = pipeline.in_order(
             pipeline.VideoSegments(video, bounds, self.encoder),
-            batch_size=self.config.eval.batch_size,
+            batch_size=-(-rows // self._mesh.size) * self._mesh.size,
         )
-        return bounds, scoring.score_videos(self._score_fn, batches, self._mesh)[0]
+        with jax.set_mesh(self._mesh):
+            return bounds, scoring.score_videos(self._score_fn, batches, self._mesh)[0]
+
+
+def scoring_mesh(
+    shapes: paligemma2.Params, devices: Sequence[jax.Device] | None = None
+) -> jax.sharding.Mesh:
+    """All devices, of which as many as divide the parameters share one copy of them.
+
+    A run's own mesh was chosen for the machine it was trained on. Here the batch is split over
+    every device whatever their number, and parameters over the most that divide them: a model of
+    width 2304 on 8 devices is split 8 ways, on 6 devices 6 ways, on 5 devices each has a copy.
+
+    Args:
+      shapes: abstract parameters.
+      devices: None = all.
+    """
+    count = len(jax.devices() if devices is None else devices)
+    for fsdp in range(count, 0, -1):
+        if count % fsdp == 0:
+            mesh = sharding.make_mesh(data=count // fsdp, fsdp=fsdp, devices=devices)
+            try:
+                sharding.validate(shapes, mesh)
+            except UserError:
+                continue
+            return mesh
+    raise AssertionError("one shard divides everything")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -192,22 +260,31 @@ def read_film(
     Raises:
       UserError: the file holds no picture that decodes, or the subtitles are malformed.
     """
+    cues = subtitles.load_subtitles(path, subtitles_path)  # quick, so a mistake shows at once
     decoded = decode_video(path, frame_rate=_FRAME_RATE, size=(size, size))
     waveform = audio.decode_audio(path)
-    notes = decoded.info.notes
+    info, notes = decoded.info, list(decoded.info.notes)
     if waveform is None:
-        notes += ("The file has no sound; it was judged by picture and text.",)
+        notes.append("no sound: judged by picture and text")
     elif not np.any(waveform):
-        notes += ("The sound is silent throughout.",)
+        notes.append("the sound is silent throughout")
+    if info.n_frames == 1:
+        notes.append("the video is a single picture")
+    if info.width % 2 or info.height % 2:
+        width, height = info.width // 2 * 2, info.height // 2 * 2
+        notes.append(
+            f"the film is {width} x {height}, its source {info.width} x {info.height}: "
+            "H.264 needs even sizes"
+        )
     video = Video(
         title=title if title is not None else pathlib.Path(path).stem.replace("_", " "),
-        duration_s=decoded.info.duration_s,
+        duration_s=info.duration_s,
         frames=decoded.frames,
         frame_times=decoded.frame_times,
-        cues=subtitles.load_subtitles(path, subtitles_path),
+        cues=cues,
         waveform=waveform,
     )
-    return Film(path=str(path), video=video, decoded=decoded, notes=notes)
+    return Film(path=str(path), video=video, decoded=decoded, notes=tuple(notes))
 
 
 def summarize(
@@ -222,14 +299,17 @@ def summarize(
       threshold: exit threshold, None = every segment runs every layer.
 
     Raises:
-      UserError: the film is too short for a summary of this budget.
+      UserError: the film is too short for a summary of this budget, or its pictures stay longer
+        than that.
     """
     duration_s = film.video.duration_s
-    if budget * duration_s < min(_MIN_SUMMARY_S, duration_s):
+    budget_s = budget * duration_s
+    least_s = min(_MIN_SUMMARY_S, duration_s)
+    if budget_s < least_s:
         raise UserError(
             f"{film.path} is {duration_s:.2f} s long, so a summary of {100 * budget:g} % would "
-            f"last {budget * duration_s:.2f} s, under {_MIN_SUMMARY_S} s; raise --budget to at "
-            f"least {min(1.0, math.ceil(100 * _MIN_SUMMARY_S / duration_s) / 100):g}"
+            f"last {budget_s:.2f} s, under {_MIN_SUMMARY_S} s; raise --budget to "
+            f"{_share(_MIN_SUMMARY_S, duration_s)}"
         )
     # ---- Segments: scores and exits ----
     bounds, scores = student.score(film.video)
@@ -248,15 +328,20 @@ def summarize(
     )
     frame_scores = segment_scores[np.searchsorted(bounds[1:, 0], native.native_times, "right")]
     shot_scores = select.shot_scores(frame_scores, found)
-    # ---- Choice: a knapsack in milliseconds, since frame rates may vary. A shot is worth its score
+    # ---- Choice: a knapsack over seconds, since frame rates may vary. A shot is worth its score
     # times its length: with the bare means of the published evaluations, scraps would win ----
     lengths_s = np.array([shot.end_s - shot.start_s for shot in found])
-    chosen = select.select_summary(
-        shot_scores * lengths_s,
-        np.ceil(1000 * lengths_s).astype(int),
-        math.floor(1000 * duration_s),
-        budget,
-    )
+    parts = min(math.ceil(1000 * budget_s), _MAX_BUDGET_PARTS)
+    weights = np.ceil(parts * lengths_s / budget_s - 1e-6).astype(int)  # rounding is no length
+    chosen = knapsack(shot_scores * lengths_s, weights, parts)
+    # Shots are split to fit the budget, but a single picture that outlasts it is not.
+    too_long = lengths_s[lengths_s > budget_s]
+    if too_long.size and lengths_s[chosen].sum() < least_s / 2:
+        raise UserError(
+            f"the pictures of {film.path} stay on screen for {too_long.min():.2f} s and more, "
+            f"longer than a summary of {100 * budget:g} % ({budget_s:.2f} s); raise --budget to "
+            f"{_share(too_long.min(), duration_s)}"
+        )
     kept = [(shot.start_s, shot.end_s) for shot, taken in zip(found, chosen, strict=True) if taken]
     inside = [
         sum(max(0.0, min(end, stop) - max(start, begin)) for begin, stop in kept)
@@ -294,6 +379,11 @@ def summarize(
     }
 
 
+def _share(length_s: float, duration_s: float) -> str:
+    """The least budget, in whole hundredths, that holds a length."""
+    return f"{min(1.0, math.ceil(100 * length_s / duration_s) / 100):g}"
+
+
 def write_outputs(
     film: Film, summary: dict[str, Any], folder: pathlib.Path, *, num_layers: int
 ) -> None:
@@ -321,25 +411,44 @@ def write_outputs(
 
 @contextlib.contextmanager
 def _whole_folder(out: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A folder to write into, which becomes `out` only when all went well.
+    """A folder to write into, whose content becomes that of `out` only when all went well.
 
     Raises:
       UserError: `out` is a file, holds something, or cannot be written.
     """
-    partial = out.absolute().with_name(f".{out.absolute().name}.partial")
-    try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    target = out.resolve()
+    with _writing(out):
+        # An empty folder is filled from within: it may be mounted, or its parent not ours. A new
+        # one grows beside the nearest folder there is, so that a failure leaves no parents behind.
+        home = target
+        while not home.exists():
+            home = home.parent
+        unfinished = home / (".partial" if home == target else f".{target.name}.partial")
+        if home == target and (not out.is_dir() or set(target.iterdir()) - {unfinished}):
             raise UserError(f"{out} exists and is not an empty folder; give --out a new one")
-        shutil.rmtree(partial, ignore_errors=True)  # left behind by a run that was killed
-        partial.mkdir(parents=True)
-        try:
-            yield partial
-            partial.replace(out)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)  # left behind by a run that was killed
+        unfinished.mkdir()
+    try:
+        yield unfinished
+        with _writing(out):
+            if home == target:
+                for made in unfinished.iterdir():
+                    made.rename(target / made.name)
+            else:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                unfinished.rename(target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _writing(out: pathlib.Path) -> Iterator[None]:
+    """What the file system refuses inside becomes a `UserError` about `out`."""
+    try:
+        yield
     except OSError as error:
         raise UserError(
-            f"{out} cannot be written ({error.strerror}); give --out a folder that can"
+            f"{out} cannot be written ({error.strerror or error}); give --out a folder that can"
         ) from error
 
 

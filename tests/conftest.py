@@ -3,8 +3,11 @@
 import os
 import pathlib
 
-# Before the first import of jax, which reads both once. Eight devices make every sharding test real.
+# Before the first import of jax, which reads them once. Eight devices make sharding tests real.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Size of XLA's thread pool, else the number of cores or devices. Threads that wait for another
+# device in a collective are taken; where all are, none is left for whom they wait for (XLA aborts).
+os.environ.setdefault("NPROC", "64")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8"

@@ -1,6 +1,7 @@
 """Configs are checked at the door, and every mistake is named."""
 
 import json
+import pathlib
 
 import ml_collections
 import pytest
@@ -9,7 +10,7 @@ from deevisum_jax import config as config_lib
 from deevisum_jax.config import Config, from_config_dict, from_file
 from deevisum_jax.errors import UserError
 
-REPO_CONFIGS = config_lib.pathlib.Path(__file__).parent.parent / "configs"
+REPO_CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 
 
 def values(**changes) -> dict:

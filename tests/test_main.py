@@ -26,7 +26,7 @@ REPO = pathlib.Path(__file__).parent.parent
 CONFIG = str(REPO / "tests" / "tiny_config.py")
 
 
-class Killed(Exception):
+class KillError(Exception):
     """Stands in for a kill."""
 
 
@@ -57,7 +57,7 @@ def kill_at(monkeypatch):
         def advance(self):
             self._bar.update(1)
             if self._bar.n == step:
-                raise Killed
+                raise KillError
 
         monkeypatch.setattr(training_log.TrainingLog, "advance", advance)
 
@@ -134,7 +134,7 @@ def test_a_killed_run_goes_on_to_the_same_numbers_to_the_bit(
 ):
     workdir = tmp_path / "run"
     kill_at(5)
-    with pytest.raises(Killed):
+    with pytest.raises(KillError):
         command(workdir)
     monkeypatch.undo()
     assert saved_steps(workdir) == {2, 4}
@@ -177,7 +177,7 @@ def test_evaluation_alone(finished, command, tmp_path):
 def test_a_run_can_start_from_the_parameters_of_another(finished, command, kill_at, tmp_path):
     workdir = tmp_path / "run"
     kill_at(2)
-    with pytest.raises(Killed):
+    with pytest.raises(KillError):
         command(workdir, f"--config.initialization={finished}")
     [first] = lines(workdir)
     best = json.loads((finished / "report.json").read_text())["steps"]

@@ -1,11 +1,13 @@
 """Which segments come in which order, for whom, and what the annotators make of them."""
 
 import io
+import itertools
 
 import numpy as np
 import PIL.Image
 import pytest
 
+from deevisum_jax import datasets, experiment
 from deevisum_jax.data import pipeline
 from deevisum_jax.data.pipeline import SegmentSource, in_order, targets_of, train_iterator
 from deevisum_jax.data.prompts import load_template
@@ -69,6 +71,10 @@ def take(iterator, count: int) -> list[list[tuple[int, int]]]:
     return [names(next(iterator)) for _ in range(count)]
 
 
+def joined(parts) -> list:
+    return list(itertools.chain.from_iterable(parts))
+
+
 ALL = [(video, segment) for video in range(4) for segment in range(3)]
 
 
@@ -122,7 +128,7 @@ def test_no_videos_is_an_error():
 
 def test_every_epoch_holds_every_segment_once_in_an_order_of_its_own():
     iterator = train_iterator(source_of(), batch_size=4, seed=0)
-    epochs = [sum(take(iterator, 3), []) for _ in range(3)]
+    epochs = [joined(take(iterator, 3)) for _ in range(3)]
     for epoch in epochs:
         assert sorted(epoch) == ALL
         assert epoch != ALL
@@ -131,7 +137,7 @@ def test_every_epoch_holds_every_segment_once_in_an_order_of_its_own():
 
 def test_batches_that_do_not_divide_an_epoch_leave_nothing_out():
     iterator = train_iterator(source_of(), batch_size=8, seed=0)
-    seen = sum(take(iterator, 3), [])  # 24 = two epochs
+    seen = joined(take(iterator, 3))  # 24 = two epochs
     assert sorted(seen[:12]) == sorted(seen[12:]) == ALL
 
 
@@ -150,7 +156,7 @@ def test_two_processes_together_have_the_batches_of_one():
     for _ in range(7):
         parts = [names(next(iterator)) for iterator in two]
         assert [len(part) for part in parts] == [2, 2]
-        assert sorted(sum(parts, [])) == sorted(names(next(one)))
+        assert sorted(joined(parts)) == sorted(names(next(one)))
 
 
 def test_a_saved_iterator_goes_on_where_it_stood():
@@ -233,8 +239,6 @@ def test_a_record_becomes_a_video():
 
 
 def test_real_records_give_whole_rows(tiny_config, data_dir, tmp_path):
-    from deevisum_jax import datasets, experiment
-
     config = tiny_config()
     records = datasets.Dataset("synthetic/tiny", str(data_dir)).split("validation")
     tokens = experiment.make_tokenizer(config, tmp_path, records)

@@ -137,7 +137,7 @@ def test_templates_by_name_and_by_path(tmp_path):
 
 
 def test_an_unknown_template_names_ours(tmp_path):
-    with pytest.raises(UserError, match="'deevisun' is neither .* did you mean 'deevisum'"):
+    with pytest.raises(UserError, match=r"'deevisun' is neither .* did you mean 'deevisum'"):
         load_template("deevisun")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe{title}")
     with pytest.raises(UserError, match="no text in UTF-8"):

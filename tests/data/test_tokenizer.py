@@ -37,9 +37,8 @@ def test_a_newline_is_one_piece_wherever_it_stands(trained):
     [separator] = trained.separator
     for text in ("a\nb", "a\n", "\nb", "a \n b"):
         assert trained.encode(text).count(separator) == 1
-        assert trained.encode(text) == (
-            trained.encode(text.split("\n")[0]) + [separator] + trained.encode(text.split("\n")[1])
-        )
+        before, after = map(trained.encode, text.split("\n"))
+        assert trained.encode(text) == [*before, separator, *after]
 
 
 @pytest.mark.parametrize(

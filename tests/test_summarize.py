@@ -1,0 +1,470 @@
+"""The command from a file to a summary: what comes out, and what is refused without a trace."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import itertools
+import json
+import pathlib
+import shutil
+import types
+
+import av
+import grain
+import jax
+import numpy as np
+import optax
+import pytest
+
+from deevisum_jax import checkpoints, experiment, summarize, train_step
+from deevisum_jax import config as config_lib
+from deevisum_jax.data import pipeline, prompts, tokenizer
+from deevisum_jax.data.segments import segment_bounds
+from deevisum_jax.data.video import decode_video
+from deevisum_jax.inference.scoring import SegmentScores
+from deevisum_jax.models import paligemma2
+from deevisum_jax.summary import render, report
+from tests.media import solid_frames, stream_durations, write_video
+
+pytestmark = pytest.mark.usefixtures("compile_once")
+
+FPS = 12
+SCENES_S = (1.5, 3.0, 0.75, 2.25, 1.0, 3.5, 1.25, 2.75)  # 16 s
+DURATION_S = sum(SCENES_S)
+RATE = 16_000
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory) -> pathlib.Path:
+    """The workdir of a run whose model is tiny and has learned nothing."""
+    folder = tmp_path_factory.mktemp("run")
+    config = config_lib.from_file(str(pathlib.Path(__file__).parent / "tiny_config.py"))
+    experiment.claim_workdir(folder, config)
+    tokens = tokenizer.train_tokenizer(
+        pipeline.texts([], prompts.load_template()),
+        folder / experiment.TOKENIZER_FILE,
+        vocab_size=config.data.vocab_size,
+    )
+    save_checkpoint(folder, config, experiment.model_config(config, tokens))
+    return folder
+
+
+def save_checkpoint(folder, config, model_config) -> None:
+    params = paligemma2.init_params(model_config, jax.random.key(0))
+    state = train_step.init_state(params, optax.sgd(0.1))
+    data_iter = iter(grain.MapDataset.range(1).to_iter_dataset())
+    with checkpoints.Checkpoints(folder / experiment.CHECKPOINT_FOLDER, config.checkpoint) as saved:
+        saved.save(1, state, data_iter, None)
+
+
+@pytest.fixture(scope="session")
+def videos(tmp_path_factory) -> pathlib.Path:
+    """A folder of videos, usable ones and others."""
+    folder = tmp_path_factory.mktemp("videos")
+    frames = scenes(FPS)
+    sound = 0.2 * np.sin(2 * np.pi * 440 * np.arange(int(DURATION_S * RATE)) / RATE)
+    faststart = {"movflags": "faststart"}
+    write_video(folder / "scenes.mp4", frames, fps=FPS, audio=sound, container_options=faststart)
+    write_video(folder / "mute.mkv", frames, fps=FPS)
+    write_video(folder / "silent.mkv", frames, fps=FPS, audio=0 * sound)
+    write_video(folder / "odd.mkv", scenes(FPS, 47, 63), fps=FPS, pix_fmt="yuv444p", audio=sound)
+    write_video(folder / "single.mp4", frames[:1], fps=FPS)
+    write_video(folder / "half_second.mp4", frames[: FPS // 2], fps=FPS)
+    write_video(folder / "slides.mkv", solid_frames([0, 200, 90]), times_s=[0, 5, 10])
+    whole = (folder / "scenes.mp4").read_bytes()
+    (folder / "truncated.mp4").write_bytes(whole[: int(0.6 * len(whole))])
+    (folder / "no_index.mp4").write_bytes(whole[: whole.index(b"moov") - 4] + b"\0\0\0\x09mdat\0")
+    (folder / "empty.mp4").write_bytes(b"")
+    (folder / "folder.mp4").mkdir()
+    (folder / "text.mp4").write_text("Dear diary,\n" * 99)
+    with av.open(str(folder / "sound.mp4"), "w") as out:
+        stream = out.add_stream("aac", rate=RATE, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 4096), np.int16), layout="mono")
+        frame.sample_rate = RATE
+        out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    return folder
+
+
+def scenes(fps: int, height: int = 48, width: int = 64) -> np.ndarray:
+    """Random colour cells, others in every scene, that drift: bits enough to cut a file within."""
+    rng = np.random.default_rng(0)
+    rows, columns = np.arange(height) * 6 // height, np.arange(width) * 8 // width
+    shots = []
+    for length_s in SCENES_S:
+        picture = rng.integers(0, 200, (6, 8, 3))[rows[:, None], columns[None]]
+        shots.append(picture + np.arange(int(length_s * fps))[:, None, None, None] % 30)
+    return np.concatenate(shots).astype(np.uint8)
+
+
+def command(video, run, out, *flags) -> int:
+    return summarize.main([str(video), "--checkpoint", str(run), "--out", str(out), *flags])
+
+
+@pytest.fixture(scope="module")
+def out(run, videos, tmp_path_factory) -> pathlib.Path:
+    """What the command makes of scenes.mp4; new folders within new folders."""
+    folder = tmp_path_factory.mktemp("out") / "new" / "summary"
+    assert command(videos / "scenes.mp4", run, folder, "--exit_threshold", "off") == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def summary(out) -> dict:
+    return json.loads((out / "summary.json").read_text())
+
+
+def check_summary(summary: dict, film: pathlib.Path, native_times: np.ndarray) -> None:
+    """What holds for every summary."""
+    duration_s, shots, segments = (summary[key] for key in ("duration_s", "shots", "segments"))
+    for parts in (shots, segments):  # they tile the video
+        edges = [part["start_s"] for part in parts] + [parts[-1]["end_s"]]
+        assert edges[0] == 0
+        assert edges[-1] == pytest.approx(duration_s)
+        assert [part["end_s"] for part in parts[:-1]] == edges[1:-1]
+        assert (np.diff(edges) > 0).all()
+    edges = np.append(native_times, duration_s)
+    for shot in shots:  # begins with a frame
+        assert np.abs(edges - shot["start_s"]).min() < 1e-6
+    kept_s = sum(shot["end_s"] - shot["start_s"] for shot in shots if shot["selected"])
+    assert summary["selected_s"] == pytest.approx(kept_s)
+    assert 0 < kept_s <= summary["budget"] * duration_s + 1e-6
+    durations = stream_durations(film)
+    frame_s = duration_s / len(native_times)
+    assert durations["video"] == pytest.approx(kept_s, abs=1e-3)
+    assert durations.get("audio", kept_s) == pytest.approx(kept_s, abs=frame_s)
+    with av.open(str(film)) as container:  # what a player shows
+        assert container.duration / av.time_base <= summary["budget"] * duration_s + 1e-3
+
+
+def test_everything_is_there_and_nothing_else(out, summary):
+    names = ["keyframes", "report.html", "summary.json", "summary.mp4"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    assert [path.name for path in out.parent.iterdir()] == ["summary"]
+    selected = [shot for shot in summary["shots"] if shot["selected"]]
+    stills = sorted(path.name for path in (out / "keyframes").iterdir())
+    assert len(stills) == len(selected)
+    for still, shot in zip(stills, selected, strict=True):
+        assert shot["start_s"] <= float(still[4:-5]) <= shot["end_s"]
+    page = (out / "report.html").read_text()
+    assert 'src="summary.mp4"' in page
+    assert "scenes" in page
+
+
+def test_the_summary_keeps_to_the_budget_and_to_shot_borders(out, summary, videos):
+    assert summary["video"] == str(videos / "scenes.mp4")
+    assert (summary["title"], summary["budget"]) == ("scenes", 0.15)
+    assert summary["duration_s"] == pytest.approx(DURATION_S)
+    for key in ("start_s", "end_s", "score", "selected"):
+        assert all(key in part for part in (*summary["segments"], *summary["shots"]))
+    native_times = decode_video(videos / "scenes.mp4", size=(8, 8)).native_times
+    check_summary(summary, out / "summary.mp4", native_times)
+    starts = [shot["start_s"] for shot in summary["shots"]]
+    for cut_s in itertools.accumulate(SCENES_S[:-1]):  # every scene begins a shot, to the frame
+        assert np.abs(np.subtract(starts, cut_s)).min() < 1e-3
+
+
+def test_every_segment_runs_to_the_end_without_a_threshold(summary):
+    assert summary["exit_threshold"] is None
+    assert [segment["exit_layer"] for segment in summary["segments"]] == [4] * 8  # of 2 s
+
+
+def test_scores_choose_the_shots_they_lie_in(videos):
+    """Segments 4 and 5, [8, 12) s, matter; of the scenes, [8.5, 12) lies in them and fits 4 s."""
+    importance = np.full((2, 8), 0.3)
+    importance[1, 4:6] = 0.9
+    summary_prob = np.full((2, 8), 0.5)
+    summary_prob[0, [0, 4]] = 0.05, 0.6  # the first segment is sure enough to leave early, 4 is not
+    student = types.SimpleNamespace(
+        model_config=types.SimpleNamespace(exit_layers=(2, 4)),
+        score=lambda video: (
+            segment_bounds(video.duration_s, 2.0),
+            SegmentScores(importance=importance, summary_prob=summary_prob),
+        ),
+    )
+    film = summarize.read_film(str(videos / "mute.mkv"), size=28)
+    summary = summarize.summarize(film, student, budget=0.25, threshold=0.9)
+    [kept] = [shot for shot in summary["shots"] if shot["selected"]]
+    assert (kept["start_s"], kept["end_s"]) == pytest.approx((8.5, 12.0), abs=1e-3)
+    assert kept["score"] == pytest.approx(0.9)
+    segments = summary["segments"]
+    assert [segment["exit_layer"] for segment in segments] == [2, 4, 4, 4, 4, 4, 4, 4]
+    assert [segment["selected"] for segment in segments] == [False] * 4 + [True] * 2 + [False] * 2
+    assert segments[5]["score"] == pytest.approx(0.9)
+
+
+def test_long_films_keep_to_the_budget_too(run, videos, tmp_path, monkeypatch):
+    monkeypatch.setattr(summarize, "_MAX_BUDGET_PARTS", 7)  # as coarse as in a film of years
+    assert command(videos / "mute.mkv", run, tmp_path / "out", "--budget", "0.4") == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    native_times = decode_video(videos / "mute.mkv", size=(8, 8)).native_times
+    check_summary(summary, tmp_path / "out" / "summary.mp4", native_times)
+
+
+def test_every_segment_leaves_at_the_first_exit_when_any_sureness_will_do(run, videos, tmp_path):
+    flags = ("--exit_threshold", "0.5", "--budget", "0.5", "--title", "Two words")
+    assert command(videos / "mute.mkv", run, tmp_path / "out", *flags) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert [segment["exit_layer"] for segment in summary["segments"]] == [2] * 8
+    assert (summary["exit_threshold"], summary["title"]) == (0.5, "Two words")
+    check_summary(
+        summary,
+        tmp_path / "out" / "summary.mp4",
+        decode_video(videos / "mute.mkv", size=(8, 8)).native_times,
+    )
+    for segment in summary["segments"]:
+        inside = sum(
+            max(0, min(segment["end_s"], shot["end_s"]) - max(segment["start_s"], shot["start_s"]))
+            for shot in summary["shots"]
+            if shot["selected"]
+        )
+        assert segment["selected"] == (inside > 1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "note"),
+    [
+        ("mute.mkv", (), "no sound: judged by picture and text"),
+        ("silent.mkv", (), "the sound is silent throughout"),
+        ("odd.mkv", (), "the film is 62 x 46, its source 63 x 47: H.264 needs even sizes"),
+        ("truncated.mp4", (), "the file ends early: "),
+        ("single.mp4", ("--budget", "1"), "the video is a single picture"),
+        ("half_second.mp4", ("--budget", "1"), "no sound"),
+        ("slides.mkv", ("--budget", "0.5"), "no sound"),
+    ],
+)
+def test_what_is_unusual_is_noted(run, videos, tmp_path, capsys, name, flags, note):
+    assert command(videos / name, run, tmp_path / "out", *flags) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert any(found.startswith(note) for found in summary["notes"])
+    assert note in (tmp_path / "out" / "report.html").read_text()
+    assert f"note: {note}" in capsys.readouterr().out
+    video = decode_video(videos / name, size=(8, 8))
+    check_summary(summary, tmp_path / "out" / "summary.mp4", video.native_times)
+    assert summary["duration_s"] == video.info.duration_s
+
+
+def refused(capsys, folder: pathlib.Path, status: int) -> str:
+    """The one line said; nothing was left in the folder of `--out`."""
+    assert status == 2
+    line, *more = capsys.readouterr().err.splitlines()
+    assert more == []
+    assert line.startswith("error: ")
+    assert list(folder.iterdir()) == []
+    return line
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("absent.mp4", "no such file"),
+        ("empty.mp4", "empty (0 bytes)"),
+        ("text.mp4", "not a video file"),
+        ("no_index.mp4", "index of this mp4 file is missing"),
+        ("sound.mp4", "no video stream"),
+        ("folder.mp4", "a folder"),
+        ("single.mp4", "0.08 s long, so a summary of 15 % would last 0.01 s"),
+        ("half_second.mp4", "under 0.5 s; raise --budget to 1"),
+        ("slides.mkv", "stay on screen for 5.00 s and more"),
+    ],
+)
+def test_videos_that_cannot_be_summarized(run, videos, tmp_path, capsys, name, message):
+    said = refused(capsys, tmp_path, command(videos / name, run, tmp_path / "a" / "out"))
+    assert message in said
+    assert name in said
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("bad.srt", "1\n00:00:01,000 --> soon\nHello\n", "line 2: cannot read the timing"),
+        ("bad.vtt", "WEBVTT\n\nhello\nworld\n", "line 3: expected a cue timing"),
+        ("bad.txt", "Hello", "convert them to .srt or .vtt"),
+        ("absent.srt", None, "no such subtitle file"),
+    ],
+)
+def test_subtitles_that_cannot_be_read(run, videos, tmp_path, capsys, name, text, message):
+    given, folder = tmp_path / name, tmp_path / "folder"
+    folder.mkdir()
+    if text is not None:
+        given.write_text(text)
+    status = command(videos / "scenes.mp4", run, folder / "out", "--subtitles", str(given))
+    said = refused(capsys, folder, status)
+    assert message in said
+    assert name in said
+
+
+def test_words_beside_the_video_reach_the_report(run, videos, tmp_path):
+    shutil.copy(videos / "mute.mkv", tmp_path / "talk.mkv")
+    (tmp_path / "talk.en.srt").write_text("1\n00:00:01,000 --> 00:00:03,000\nGood <i>evening</i>\n")
+    assert command(tmp_path / "talk.mkv", run, tmp_path / "out") == 0
+    assert "Good evening" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.fixture
+def broken_run(run, tmp_path):
+    """A copy of the run to break."""
+    return shutil.copytree(run, tmp_path / "broken")
+
+
+def without(name):
+    def remove(folder):
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    return remove
+
+
+def with_no_step(folder):
+    shutil.rmtree(folder / "checkpoints" / "1")
+
+
+def with_other_model(folder):
+    config = config_lib.load(folder / "config.json")
+    shutil.rmtree(folder / "checkpoints")
+    wider = paligemma2.get_config("tiny", llm={"mlp_dim": 128}, exit_layers=(2, 4))
+    save_checkpoint(folder, config, wider)
+
+
+@pytest.mark.parametrize(
+    ("damage", "messages"),
+    [
+        (shutil.rmtree, ["lacks config.json, tokenizer.model, checkpoints", "--checkpoint"]),
+        (without("config.json"), ["it lacks config.json;"]),
+        (without("tokenizer.model"), ["it lacks tokenizer.model;"]),
+        (without("checkpoints"), ["it lacks checkpoints;"]),
+        (with_no_step, ["no complete checkpoint"]),
+        (lambda folder: (folder / "config.json").write_text("{"), ["not the config of a run"]),
+        (lambda folder: (folder / "tokenizer.model").write_text("x"), ["not a SentencePiece"]),
+        (with_other_model, ["another architecture", "llm/embedder/input_embedding"]),
+    ],
+)
+def test_runs_that_cannot_judge(broken_run, videos, tmp_path, capsys, damage, messages):
+    damage(broken_run)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    said = refused(capsys, folder, command(videos / "mute.mkv", broken_run, folder / "out"))
+    assert all(message in said for message in messages)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--budget", "0"), "0.0 is not above 0 and at most 1"),
+        (("--budget", "1.5"), "1.5 is not above 0 and at most 1"),
+        (("--budget", "nan"), "nan is not above 0 and at most 1"),
+        (("--budget", "much"), "invalid float value: 'much'"),
+        (("--exit_threshold", "0.4"), "'0.4' is neither off nor a number from 0.5 to 1"),
+        (("--exit_threshold", "on"), "'on' is neither off nor a number from 0.5 to 1"),
+        (("--exit-threshold", "off"), "unrecognized arguments"),
+    ],
+)
+def test_flags_out_of_range(run, videos, tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit) as stop:
+        command(videos / "mute.mkv", run, tmp_path / "out", *flags)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_out_must_be_a_new_or_an_empty_folder(run, videos, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    for out, message in [
+        ("file", "is not an empty folder"),
+        ("full", "is not an empty folder"),
+        ("file/below", "cannot be written (Not a directory)"),
+    ]:
+        assert command(videos / "mute.mkv", run, tmp_path / out) == 2
+        said = capsys.readouterr().err
+        assert message in said
+        assert str(tmp_path / out) in said
+        assert said.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_an_empty_folder_is_filled_in_place(run, videos, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".partial").mkdir()  # of a run that was killed
+    (out / ".partial" / "summary.json").write_text("half")
+    inode = out.stat().st_ino  # a mounted folder cannot be renamed over
+    (tmp_path / "link").symlink_to(out)
+    assert command(videos / "mute.mkv", run, tmp_path / "link") == 0
+    assert out.stat().st_ino == inode
+    names = ["keyframes", "report.html", "summary.json", "summary.mp4"]
+    assert sorted(path.name for path in out.iterdir()) == names
+
+
+@pytest.mark.parametrize("module", [render, report])
+@pytest.mark.parametrize("exists", [True, False])
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, ZeroDivisionError])
+def test_nothing_is_left_of_a_summary_that_was_stopped(
+    run, videos, tmp_path, monkeypatch, module, exists, stop
+):
+    def stops(*args, **kwargs):
+        raise stop
+
+    name = {render: "save_keyframes", report: "write_video_report"}[module]
+    monkeypatch.setattr(module, name, stops)
+    out = tmp_path / "a" / "out"
+    if exists:
+        out.mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(stop):
+        command(videos / "mute.mkv", run, out)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_full_disk_is_said_so(run, videos, tmp_path, monkeypatch, capsys):
+    def fails(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(summarize, "write_whole", fails)
+    said = refused(capsys, tmp_path, command(videos / "mute.mkv", run, tmp_path / "out"))
+    assert "cannot be written (No space left on device)" in said
+
+
+def test_scores_do_not_depend_on_the_number_of_devices(run, videos, monkeypatch):
+    film = summarize.read_film(str(videos / "scenes.mp4"), size=28)
+    found = []
+    for count in (8, 3, 1):  # 8 segments, so 3 devices take a batch of 9
+        devices = jax.devices()[:count]
+        mesh = functools.partial(summarize.scoring_mesh, devices=devices)
+        with monkeypatch.context() as patch:
+            patch.setattr(summarize, "scoring_mesh", mesh)
+            bounds, scores = summarize.Student(run).score(film.video)
+        assert scores.importance.shape == (2, len(bounds)) == (2, 8)
+        found.append(scores)
+    for scores in found[1:]:
+        np.testing.assert_allclose(scores.importance, found[0].importance, atol=1e-5)
+        np.testing.assert_allclose(scores.summary_prob, found[0].summary_prob, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("count", "data", "fsdp"), [(1, 1, 1), (2, 1, 2), (5, 5, 1), (6, 1, 6), (7, 7, 1), (8, 1, 8)]
+)
+def test_parameters_are_split_over_as_many_devices_as_divide_them(count, data, fsdp):
+    shapes = paligemma2.abstract_params(paligemma2.get_config("paligemma2_3b"))
+    mesh = summarize.scoring_mesh(shapes, jax.devices()[:count])
+    assert dict(mesh.shape) == {"data": data, "fsdp": fsdp, "tensor": 1}
+
+
+def test_six_devices_hold_three_pairs_of_the_tiny_model():
+    shapes = paligemma2.abstract_params(paligemma2.get_config("tiny"))  # widths 16 and 32
+    mesh = summarize.scoring_mesh(shapes, jax.devices()[:6])
+    assert dict(mesh.shape) == {"data": 3, "fsdp": 2, "tensor": 1}
+
+
+def test_a_real_film(run, shared_data, tmp_path):
+    source = shared_data / "clips" / "tears_of_steel_70s.webm"
+    assert command(source, run, tmp_path / "out") == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    native_times = decode_video(source, size=(8, 8)).native_times
+    check_summary(summary, tmp_path / "out" / "summary.mp4", native_times)
+    assert 0.9 * 0.15 < summary["selected_s"] / summary["duration_s"] <= 0.15
+    assert summary["notes"] == []
