@@ -152,6 +152,12 @@ class Config:
                 f"optim.warmup_steps={self.optim.warmup_steps} is not at least 0 and below "
                 f"total_steps={self.total_steps}; shorten the warm-up"
             )
+        if self.eval.every_steps % self.checkpoint.every_steps:
+            raise UserError(
+                f"eval.every_steps={self.eval.every_steps} is no multiple of "
+                f"checkpoint.every_steps={self.checkpoint.every_steps}, so what is validated would "
+                "not be saved and could not be the best checkpoint; make it one"
+            )
         if self.batch_size % self.optim.accumulate_steps:
             raise UserError(
                 f"batch_size={self.batch_size} is not divisible by optim.accumulate_steps="

@@ -185,7 +185,7 @@ class Run:
                 batch_size=config.batch_size,
             ) as log:
                 for step in range(first_step + 1, config.total_steps + 1):
-                    state, metrics = update(state, scoring.place(next(data_iter), self.mesh))
+                    state, metrics = update(state, sharding.place_batch(next(data_iter), self.mesh))
                     log.advance()
                     last = step == config.total_steps
                     saves = step % config.checkpoint.every_steps == 0 or last
@@ -198,7 +198,8 @@ class Run:
                             scores = self._validate(state, validation)
                             log.write(step, {f"validation/{k}": v for k, v in scores.items()})
                     if saves:
-                        saved.save(step, state, data_iter, scores)
+                        with log.paused():
+                            saved.save(step, state, data_iter, scores)
 
     def evaluate(self) -> None:
         """Holds the best checkpoint against the test split; writes report.json and report.html."""

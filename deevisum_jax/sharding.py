@@ -13,10 +13,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from deevisum_jax.errors import UserError
+from deevisum_jax.typing import Batch
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -194,6 +196,17 @@ def param_shardings(abstract_params: Tree, mesh: Mesh) -> Tree:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """How a `Batch` is placed: the first dimension over `data` and `fsdp`, the rest whole."""
     return NamedSharding(mesh, P(RULES["batch"]))
+
+
+def place_batch(fields: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
+    """A global `Batch` on the mesh, of this process's own rows; every process calls it."""
+    where = batch_sharding(mesh)
+    return Batch(
+        **{
+            name: jax.make_array_from_process_local_data(where, rows)
+            for name, rows in fields.items()
+        }
+    )
 
 
 def check_batch(name: str, size: int, mesh: Mesh) -> None:

@@ -23,7 +23,9 @@ from deevisum_jax import config as config_lib
 from deevisum_jax import datasets
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
-TINY_CONFIG = REPO / "tests" / "tiny_config.py"
+TINY_CONFIG = REPO / "configs" / "tiny.py"
+# All eight simulated devices, every axis in use.
+TINY_MESH = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
 
 
 @pytest.fixture(scope="session")
@@ -45,10 +47,12 @@ def data_dir(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def tiny_config(data_dir):
-    """Makes the `Config` of tests/tiny_config.py with overrides, such as `"data.num_frames=2"`."""
+    """Makes the `Config` of configs/tiny.py with overrides, such as `"data.num_frames=2"`."""
 
     def make(*overrides: str) -> config_lib.Config:
-        return config_lib.from_file(str(TINY_CONFIG), (f"data.data_dir={data_dir}", *overrides))
+        return config_lib.from_file(
+            str(TINY_CONFIG), (f"data.data_dir={data_dir}", *TINY_MESH, *overrides)
+        )
 
     return make
 

@@ -1,5 +1,7 @@
 """What is kept, what comes back, and what is refused."""
 
+import shutil
+
 import grain
 import jax
 import jax.numpy as jnp
@@ -136,3 +138,24 @@ def test_no_folder_and_no_checkpoint(tmp_path):
         pytest.raises(UserError, match="holds no complete checkpoint; train first"),
     ):
         _ = saved.best_step
+
+
+@pytest.mark.parametrize("pattern", ["params/**/*", "data_iter/*", "params/_METADATA"])
+def test_a_damaged_step_is_named(tmp_path, pattern):
+    save(tmp_path, [0.1, 0.2])
+    damaged = [path for path in (tmp_path / "2").glob(pattern) if path.is_file()]
+    assert damaged
+    for path in damaged:
+        path.write_bytes(b"\0")
+    with (
+        Checkpoints(tmp_path) as saved,
+        pytest.raises(UserError, match=r"checkpoint .*/2 is damaged .* remove that folder"),
+    ):
+        saved.restore(2, abstract(make_state()), make_iterator())
+
+
+def test_a_step_without_its_parameters_is_named(tmp_path):
+    save(tmp_path, [0.1, 0.2])
+    shutil.rmtree(tmp_path / "2" / "params")
+    with Checkpoints(tmp_path) as saved, pytest.raises(UserError, match=r"/2 is damaged"):
+        saved.restore_params(2, abstract(make_state()).params)

@@ -99,6 +99,10 @@ def test_values_are_converted_to_the_declared_types():
             r"optim\.warmup_steps=10 is not .* below total_steps=10",
         ),
         (
+            {"eval": {"every_steps": 3}, "checkpoint": {"every_steps": 2}},
+            r"eval\.every_steps=3 is no multiple of checkpoint\.every_steps=2",
+        ),
+        (
             {"optim": {"learning_rate": 1.0, "accumulate_steps": 3}},
             r"batch_size=8 is not divisible by optim\.accumulate_steps=3",
         ),
@@ -125,7 +129,7 @@ def test_overrides(file):
             "data.left_out=('sound',)",
             "data.dataset=synthetic/quickstart",
             "model.remat_policy=None",
-            "eval.every_steps=7",  # a group that the file leaves out
+            "eval.every_steps=2000",  # a group that the file leaves out
             "optim.learning_rate=3e-4",  # the last one counts
         ],
     )
@@ -133,7 +137,7 @@ def test_overrides(file):
     assert config.data.left_out == ("sound",)
     assert config.data.dataset == "synthetic/quickstart"
     assert config.model.remat_policy is None
-    assert config.eval.every_steps == 7
+    assert config.eval.every_steps == 2000
     assert from_file(file).eval.every_steps == 1000
 
 

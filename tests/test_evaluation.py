@@ -118,7 +118,7 @@ def test_the_table_has_a_line_per_row(parts):
 def test_the_page_shows_the_same_rows(parts, config):
     history = [{"step": 1, "loss/total": 2.0}, {"step": 1, "validation/tau": 0.5}]
     page = evaluation.report_page(*parts, config=config, history=history)
-    assert list(page.models) == ["exit_2", "exit_4", "early_exit"]
+    assert list(page.models) == ["exit_4", "exit_2", "early_exit"]  # the headline first
     assert [row["layer"] for row in page.exits] == [2, 4]
     assert page.exits[1]["tau"] == 1.0
     assert [tuple(axis) for axis in page.losses["loss/total"]] == [(1,), (2.0,)]

@@ -1,6 +1,6 @@
 """The training program end to end: on many devices and on one, killed and resumed, misused.
 
-All runs here are the one of tests/tiny_config.py: six updates, saved every second one, validated
+All runs here are the one of configs/tiny.py: six updates, saved every second one, validated
 after the fourth and the last.
 """
 
@@ -20,10 +20,10 @@ import pytest
 
 from deevisum_jax import checkpoints, main, sharding, training_log
 from deevisum_jax import config as config_lib
-from deevisum_jax.inference import scoring
 
 REPO = pathlib.Path(__file__).parent.parent
-CONFIG = str(REPO / "tests" / "tiny_config.py")
+CONFIG = str(REPO / "configs" / "tiny.py")
+MESH = [f"--config.mesh.{axis}=2" for axis in sharding.MESH_AXES]
 
 
 class KillError(Exception):
@@ -36,7 +36,7 @@ def command(data_dir, compile_once):
 
     def run(workdir: pathlib.Path, *flags: str) -> int:
         data = f"--config.data.data_dir={data_dir}"
-        return main.main(["--config", CONFIG, "--workdir", str(workdir), data, *flags])
+        return main.main(["--config", CONFIG, "--workdir", str(workdir), data, *MESH, *flags])
 
     return run
 
@@ -189,7 +189,7 @@ def test_a_run_can_start_from_the_parameters_of_another(finished, command, kill_
 
 
 def test_numbers_that_are_not_finite_are_never_saved(command, tmp_path, monkeypatch, capfd):
-    place, calls = scoring.place, []
+    place, calls = sharding.place_batch, []
 
     def poisoned(fields, mesh):
         calls.append(fields)
@@ -197,7 +197,7 @@ def test_numbers_that_are_not_finite_are_never_saved(command, tmp_path, monkeypa
             fields | {"score": fields["score"] * np.nan} if len(calls) > 2 else fields, mesh
         )
 
-    monkeypatch.setattr(scoring, "place", poisoned)
+    monkeypatch.setattr(sharding, "place_batch", poisoned)
     assert command(tmp_path / "run", "--config.log_every=100") == 2
     last = capfd.readouterr().err.splitlines()[-1]
     assert last.startswith("error: ")

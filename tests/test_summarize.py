@@ -39,7 +39,7 @@ RATE = 16_000
 def run(tmp_path_factory) -> pathlib.Path:
     """The workdir of a run whose model is tiny and has learned nothing."""
     folder = tmp_path_factory.mktemp("run")
-    config = config_lib.from_file(str(pathlib.Path(__file__).parent / "tiny_config.py"))
+    config = config_lib.from_file(str(pathlib.Path(__file__).parent.parent / "configs" / "tiny.py"))
     experiment.claim_workdir(folder, config)
     tokens = tokenizer.train_tokenizer(
         pipeline.texts([], prompts.load_template()),

@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 
 from deevisum_jax.errors import UserError
 from deevisum_jax.models import paligemma2
-from deevisum_jax.sharding import batch_sharding
+from deevisum_jax.sharding import batch_sharding, place_batch
 from deevisum_jax.typing import Batch, ExitScores
 
 
@@ -34,17 +34,6 @@ def make_score_fn(
     )
 
 
-def place(fields: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh) -> Batch:
-    """A global `Batch` on the mesh, of every process's own rows."""
-    where = batch_sharding(mesh)
-    return Batch(
-        **{
-            name: jax.make_array_from_process_local_data(where, rows)
-            for name, rows in fields.items()
-        }
-    )
-
-
 def score_videos(
     score_fn: Callable[[Batch], ExitScores],
     batches: Iterable[Mapping[str, np.ndarray]],
@@ -59,7 +48,7 @@ def score_videos(
     """
     rows: dict[int, list[tuple[int, np.ndarray, np.ndarray]]] = {}
     for fields in batches:
-        batch = place(fields, mesh)
+        batch = place_batch(fields, mesh)
         scores, video_id, segment, valid = multihost_utils.process_allgather(
             (score_fn(batch), batch.video_id, batch.segment, batch.valid), tiled=True
         )

@@ -97,6 +97,6 @@ def test_scores_come_back_by_video_in_order_without_padding(order):
 def test_batches_are_split_over_data_and_fsdp():
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     [fields, _] = pipeline.in_order(Segments(), batch_size=4)
-    batch = scoring.place(fields, mesh)
+    batch = sharding.place_batch(fields, mesh)
     assert batch.tokens.sharding.spec == jax.sharding.PartitionSpec(("data", "fsdp"))
     np.testing.assert_array_equal(batch.tokens, fields["tokens"])

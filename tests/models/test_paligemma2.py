@@ -230,7 +230,7 @@ def test_a_stage_does_not_copy_the_weights_of_its_layers():
     config = get_config("quickstart_student")
     params = abstract_params(config)
     embedded = Embedded(
-        x=jax.ShapeDtypeStruct((1, 8, 128), jnp.float32),
+        x=jax.ShapeDtypeStruct((1, 8, config.llm.width), jnp.float32),
         mask_ar=jax.ShapeDtypeStruct((1, 8), bool),
         mask_input=jax.ShapeDtypeStruct((1, 8), bool),
         positions=jax.ShapeDtypeStruct((1, 8), jnp.int32),

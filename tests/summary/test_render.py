@@ -246,9 +246,13 @@ def test_rotated_sources_come_out_upright(tmp_path, matrix, size, red, green):
 
 def test_damage_in_the_middle_is_passed_over(tmp_path, numbered_frames):
     source = write_video(
-        tmp_path / "in.avi", numbered_frames, codec="mpeg4", audio=np.zeros((1, 64_000), np.float32),
-        audio_rate=16_000, audio_codec="pcm_s16le",
-    )  # fmt: skip
+        tmp_path / "in.avi",
+        numbered_frames,
+        codec="mpeg4",
+        audio=np.zeros((1, 64_000), np.float32),
+        audio_rate=16_000,
+        audio_codec="pcm_s16le",
+    )
     data = bytearray(source.read_bytes())
     middle = len(data) // 2
     data[middle : middle + 3000] = np.random.default_rng(0).bytes(3000)
