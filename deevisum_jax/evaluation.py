@@ -205,7 +205,7 @@ def report_page(
         config=dataclasses.asdict(config),
         facts={
             "layers run on average": f"{cost['avg_depth']:.2f} of {config.model.exit_layers[-1]}",
-            "FLOPs saved by early exit": f"{100 * cost['compute_saved']:.1f} %",
+            "FLOPs that leaving there would save": f"{100 * cost['compute_saved']:.1f} %",
             "exit threshold": cost["exit_threshold"],
         },
         notes=[
@@ -226,7 +226,7 @@ def table(report: Mapping[str, Any]) -> str:
         label = f"without {name}"
         lines.append(f"{label:<20}{row['tau']:>8.3f}{row['rho']:>8.3f}{100 * row['f1']:>8.1f}")
     lines.append(
-        f"early exit at {report['exit_threshold']}: {report['avg_depth']:.2f} layers on average, "
-        f"{100 * report['compute_saved']:.0f} % of the FLOPs saved"
+        f"early exit at {report['exit_threshold']}: {report['avg_depth']:.2f} layers on average; "
+        f"leaving there would save {100 * report['compute_saved']:.0f} % of the FLOPs"
     )
     return "\n".join(lines)

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import pathlib
+from collections.abc import Iterator
 
 
-def write_whole(path: pathlib.Path, content: str | bytes) -> None:
-    """Writes under a temporary name in the same folder, then renames over `path`."""
-    temporary = path.with_name(f".{path.name}.partial")
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A temporary name in the same folder to write to; it becomes `path` when all went well."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: pathlib.Path, content: str | bytes) -> None:
+    """Writes `content` to `path`, replacing what is there."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)

@@ -28,13 +28,9 @@ from deevisum_jax.files import write_whole
 from deevisum_jax.inference import scoring
 from deevisum_jax.models import paligemma2
 from deevisum_jax.summary import render, report, select, shots
-from deevisum_jax.summary.knapsack import knapsack
 
 _FRAME_RATE = 2.0  # frames per second looked at, the rate of the stored data sets
 _MIN_SUMMARY_S = 0.5  # below this there is nothing to watch
-# The knapsack counts in parts of the budget: milliseconds, or for long films (from 50 s of summary)
-# a little more, since its table has a cell for every shot and part.
-_MAX_BUDGET_PARTS = 50_000
 _THE_RUNS = object()  # stands for the run's own exit threshold; None is "off"
 _EXAMPLES = """\
 examples:
@@ -328,12 +324,9 @@ def summarize(
     )
     frame_scores = segment_scores[np.searchsorted(bounds[1:, 0], native.native_times, "right")]
     shot_scores = select.shot_scores(frame_scores, found)
-    # ---- Choice: a knapsack over seconds, since frame rates may vary. A shot is worth its score
-    # times its length: with the bare means of the published evaluations, scraps would win ----
+    # ---- Choice: what fits the budget ----
     lengths_s = np.array([shot.end_s - shot.start_s for shot in found])
-    parts = min(math.ceil(1000 * budget_s), _MAX_BUDGET_PARTS)
-    weights = np.ceil(parts * lengths_s / budget_s - 1e-6).astype(int)  # rounding is no length
-    chosen = knapsack(shot_scores * lengths_s, weights, parts)
+    chosen = select.select_film(shot_scores, lengths_s, budget_s)
     # Shots are split to fit the budget, but a single picture that outlasts it is not.
     too_long = lengths_s[lengths_s > budget_s]
     if too_long.size and lengths_s[chosen].sum() < least_s / 2:

@@ -23,7 +23,7 @@ Metrics = dict[str, Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """All that changes, or must travel with what changes. Randomness derives from seed and step."""
+    """All that changes, or must travel with what changes. Nothing random is drawn in training."""
 
     step: Array  # int32[], updates done
     params: Params  # trainable
@@ -153,19 +153,14 @@ def make_train_step(
 def _counts(batch: Batch, exit_layers: tuple[int, ...]) -> dict[str, Array]:
     """What each part of the loss counts in the whole batch; needs no model."""
     valid = jnp.sum(batch.valid.astype(jnp.float32))
-    counts = {"loss/token": jnp.sum(_targets(batch)[:, 1:].astype(jnp.float32))}
+    counts = {"loss/token": jnp.sum(_counted(batch)[:, 1:].astype(jnp.float32))}
     for layer in exit_layers:
         counts |= {f"loss/class/exit_{layer}": valid, f"loss/score/exit_{layer}": valid}
     return counts
 
 
-def _targets(batch: Batch) -> Array:
-    """`bool[B, T]`, 1 = counted; padding rows repeat a real one's masks."""
-    return batch.mask_loss & batch.valid[:, None]
-
-
 def _counted(batch: Batch) -> Array:
-    """`bool[B, T]`: tokens of the token loss, none in rows that fill up a batch."""
+    """`bool[B, T]`: tokens of the token loss; rows that fill up a batch have none."""
     return batch.mask_loss & batch.valid[:, None]
 
 

@@ -31,10 +31,11 @@ TINY_MESH = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
 @pytest.fixture(scope="session")
 def shared_data() -> pathlib.Path:
     """Folder of real videos and annotations (`DEEVISUM_DATA`); tests that need it skip without."""
-    folder = pathlib.Path(os.environ.get("DEEVISUM_DATA", REPO.parent / "shared" / "data"))
-    if not folder.is_dir():
-        pytest.skip(f"real data not at hand: {folder} is no folder (set DEEVISUM_DATA)")
-    return folder
+    folder = os.environ.get("DEEVISUM_DATA")
+    if not folder:
+        pytest.skip("real data not at hand: DEEVISUM_DATA is not set")
+    assert pathlib.Path(folder).is_dir(), f"DEEVISUM_DATA={folder} is no folder"
+    return pathlib.Path(folder)
 
 
 @pytest.fixture(scope="session")

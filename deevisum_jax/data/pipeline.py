@@ -55,14 +55,14 @@ def texts(records: Iterable[Record], template: PromptTemplate) -> Iterator[str]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Targets:
+class Annotation:
     """What the annotators make of every segment of one video."""
 
     label: np.ndarray  # int32[M], 1 = among the best `label_fraction` of the video's segments
     score: np.ndarray  # float32[M], mean annotation scaled to [0, 1] within the video
 
 
-def targets_of(record: Record, bounds: np.ndarray, label_fraction: float) -> Targets:
+def annotation_of(record: Record, bounds: np.ndarray, label_fraction: float) -> Annotation:
     """Mean annotation per segment, scaled to [0, 1] as the field's `gtscore`, and its best part.
 
     Args:
@@ -82,7 +82,7 @@ def targets_of(record: Record, bounds: np.ndarray, label_fraction: float) -> Tar
     label[np.argsort(-score, kind="stable")[: max(1, round(label_fraction * len(bounds)))]] = 1
     spread = np.ptp(score)
     scaled = (score - score.min()) / spread if spread else np.full_like(score, 0.5)
-    return Targets(label, scaled.astype(np.float32))
+    return Annotation(label, scaled.astype(np.float32))
 
 
 class SegmentSource:
@@ -106,11 +106,11 @@ class SegmentSource:
         self._encoder = encoder
         self._videos = _VideoCache(records, cache_mib * 2**20)
         self.bounds: list[np.ndarray] = []
-        self._targets: list[Targets] = []
+        self._annotations: list[Annotation] = []
         for record in records:
             bounds = segment_bounds(float(record["duration_s"]), segment_s)
             self.bounds.append(bounds)
-            self._targets.append(targets_of(record, bounds, label_fraction))
+            self._annotations.append(annotation_of(record, bounds, label_fraction))
         self._first = np.cumsum([0] + [len(bounds) for bounds in self.bounds])
 
     def __len__(self) -> int:
@@ -120,8 +120,8 @@ class SegmentSource:
         row = int(np.searchsorted(self._first, index, side="right")) - 1
         segment = int(index - self._first[row])
         start_s, end_s = self.bounds[row][segment]
-        targets = self._targets[row]
-        label = int(targets.label[segment])
+        annotation = self._annotations[row]
+        label = int(annotation.label[segment])
         cached = self._videos[row]
         # Two threads may both fill a place; they fill it with the same.
         heard = ("sound" not in self._encoder.left_out, segment)
@@ -136,7 +136,7 @@ class SegmentSource:
             "frames": self._encoder.frames(cached.video, start_s, end_s),
             **cached.text[read],
             "label": np.int32(label),
-            "score": targets.score[segment],
+            "score": annotation.score[segment],
             "video_id": np.int32(row),
             "segment": np.int32(segment),
             "valid": np.True_,

@@ -19,7 +19,8 @@ from deevisum_jax.data.tokenizer import BOS, EOS, PAD, Tokenizer
 from deevisum_jax.errors import UserError, closest
 
 FIELDS = ("title", "transcript", "sound")
-# The class is one word after the separator, read from the logits of its first token.
+# The class is one word after the separator. The language model learns to say it; scores are read
+# from the exit heads, in front of it.
 LABEL_WORDS = ("no", "yes")
 DEFAULT_TEMPLATE = "deevisum"
 

@@ -56,7 +56,10 @@ def read_subtitles(path: str | os.PathLike) -> list[Cue]:
             f"{path}: subtitles of kind {file.suffix or 'without an ending'!r} are not read; "
             "convert them to .srt or .vtt"
         )
-    text = _decode(file.read_bytes(), path)
+    try:
+        text = _decode(file.read_bytes(), path)
+    except OSError as error:
+        raise UserError(f"{path}: the subtitles cannot be read ({error.strerror})") from None
     lines = re.split(r"\r\n|\r|\n", text)
     cues = _parse_vtt(lines, path) if _is_vtt_header(lines[0]) else _parse_srt(lines, path)
     return sorted((cue for cue in cues if cue.text), key=lambda cue: (cue.start_s, cue.end_s))

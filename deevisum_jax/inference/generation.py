@@ -11,12 +11,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from deevisum_jax.data.tokenizer import EOS, PAD
 from deevisum_jax.errors import UserError
 from deevisum_jax.models.paligemma2 import PaliGemma2Config, Params, bind
 from deevisum_jax.typing import Array
-
-PAD = 0
-EOS = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ from PIL import Image
 
 from deevisum_jax import media
 from deevisum_jax.errors import UserError
+from deevisum_jax.files import replacing
 
 _VIDEO_TICK = Fraction(1, 90_000)  # of the summary's pictures; the customary MPEG clock
 # Borders are often written with three decimals and containers round to 1 ms: a frame that overlaps
@@ -72,19 +73,14 @@ def render_summary(
     if out_path.exists() and video_path.exists() and out_path.samefile(video_path):
         raise UserError(f"{out_path}: is the video itself; choose another name for the summary")
 
-    partial = out_path.with_name(f".{out_path.stem}.{os.getpid()}.partial")
-    try:
+    with replacing(out_path) as partial:
         with media.open_media(video_path) as pictures, media.open_media(video_path) as sounds:
-            film = _Film(partial, pictures, sounds, wanted, video_path)
-            seconds = film.write()
+            seconds = _Film(partial, pictures, sounds, wanted, video_path).write()
         if not seconds:
             raise UserError(
                 f"{video_path}: no picture of it falls into the intervals {wanted[:3]}...; they "
                 "must lie between 0 and the video's duration in seconds"
             )
-        partial.replace(out_path)
-    finally:
-        partial.unlink(missing_ok=True)
     return seconds
 
 

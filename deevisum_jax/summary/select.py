@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +10,10 @@ import numpy as np
 from deevisum_jax.errors import UserError
 from deevisum_jax.summary.knapsack import knapsack
 from deevisum_jax.summary.shots import Shot
+
+# A film's knapsack counts in parts of the budget: milliseconds, or for long films (from 50 s of
+# summary) a little more, since its table has a cell for every shot and part.
+_MAX_BUDGET_PARTS = 50_000
 
 DEFAULT_BUDGET = 0.15  # of the frames, the field's convention since TVSum (Song et al. 2015)
 
@@ -55,8 +60,7 @@ def select_summary(
     Args:
       shot_scores: float[S], the mean score of each shot; not multiplied by its length, as in the
         published evaluations, so of two equal scores the shorter shot is the cheaper one.
-      shot_lengths_frames: int[S], native frames (or any whole unit that `n_frames` shares:
-        milliseconds suit a film of variable frame rate).
+      shot_lengths_frames: int[S], native frames.
       n_frames: length of the whole video.
       budget: the share of the video that the summary may fill, in (0, 1].
 
@@ -72,3 +76,24 @@ def select_summary(
         )
     # The nudge keeps 0.15 * 100 at 15 although the product is 14.999999999999998.
     return knapsack(shot_scores, shot_lengths_frames, int(np.floor(budget * n_frames + 1e-9)))
+
+
+def select_film(shot_scores: np.ndarray, lengths_s: np.ndarray, budget_s: float) -> np.ndarray:
+    """The shots of a summary that people watch, rather than one that is held against annotators.
+
+    Differs from `select_summary` in two ways. A shot is worth its score times its length: with the
+    bare means of the published evaluations, the shortest scraps win. And it counts in time, since
+    frame rates may vary.
+
+    Args:
+      shot_scores: float[S], the mean score of each shot.
+      lengths_s: float[S], seconds.
+      budget_s: seconds that the summary may last.
+
+    Returns:
+      bool[S], 1 = selected. Together at most `budget_s`.
+    """
+    parts = min(math.ceil(1000 * budget_s), _MAX_BUDGET_PARTS)
+    # The nudge takes a shot exactly as long as the budget for what it is.
+    weights = np.ceil(parts * lengths_s / budget_s - 1e-6).astype(int)
+    return knapsack(shot_scores * lengths_s, weights, parts)

@@ -9,7 +9,7 @@ import pytest
 
 from deevisum_jax import datasets, experiment
 from deevisum_jax.data import pipeline
-from deevisum_jax.data.pipeline import SegmentSource, in_order, targets_of, train_iterator
+from deevisum_jax.data.pipeline import SegmentSource, annotation_of, in_order, train_iterator
 from deevisum_jax.data.prompts import load_template
 from deevisum_jax.errors import UserError
 
@@ -85,19 +85,19 @@ def test_targets_by_hand():
         "score_times": np.array([0.5, 1.5, 2.5, 7.0]),
     }
     # Two points in the first segment, one in the second; the third takes the nearest, at 7.0.
-    targets = targets_of(annotated, np.array([[0, 2], [2, 4], [5, 6]]), 0.3)
+    targets = annotation_of(annotated, np.array([[0, 2], [2, 4], [5, 6]]), 0.3)
     np.testing.assert_allclose(targets.score, [0, 1, 0])  # 2, 5, 2 within [2, 5]
     np.testing.assert_array_equal(targets.label, [0, 1, 0])
-    finer = targets_of(annotated, np.array([[0, 1], [1, 2], [2, 4], [4, 8]]), 0.5)
+    finer = annotation_of(annotated, np.array([[0, 1], [1, 2], [2, 4], [4, 8]]), 0.5)
     np.testing.assert_allclose(finer.score, [0, 0.5, 1, 0.25])  # 1, 3, 5, 2 within [1, 5]
     np.testing.assert_array_equal(finer.label, [0, 1, 1, 0])
     assert finer.label.dtype == np.int32
     assert finer.score.dtype == np.float32
 
 
-def test_targets_of_a_video_that_is_the_same_throughout():
+def test_annotation_of_a_video_that_is_the_same_throughout():
     flat = {"user_scores": np.full((2, 4), 3.0), "score_times": np.arange(4) + 0.5}
-    targets = targets_of(flat, np.array([[i, i + 1] for i in range(4)]), 0.25)
+    targets = annotation_of(flat, np.array([[i, i + 1] for i in range(4)]), 0.25)
     np.testing.assert_array_equal(targets.score, 0.5)
     np.testing.assert_array_equal(targets.label, [1, 0, 0, 0])  # of equals, the earlier
 
@@ -105,7 +105,7 @@ def test_targets_of_a_video_that_is_the_same_throughout():
 @pytest.mark.parametrize(("fraction", "count"), [(0.01, 1), (0.25, 2), (0.5, 4), (1.0, 8)])
 def test_label_fraction_is_a_share_of_the_segments_and_at_least_one(fraction, count):
     rising = {"user_scores": np.arange(8.0)[None], "score_times": np.arange(8) + 0.5}
-    targets = targets_of(rising, np.array([[i, i + 1] for i in range(8)]), fraction)
+    targets = annotation_of(rising, np.array([[i, i + 1] for i in range(8)]), fraction)
     np.testing.assert_array_equal(targets.label, np.arange(8) >= 8 - count)
 
 

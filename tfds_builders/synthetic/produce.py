@@ -15,7 +15,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import av
@@ -23,6 +23,8 @@ import numpy as np
 import PIL.Image
 
 from deevisum_jax.data import audio, subtitles, video
+from deevisum_jax.errors import UserError
+from deevisum_jax.files import replacing, write_whole
 from deevisum_jax.summary import select, shots
 from tfds_builders.synthetic import annotators, paint, scenario, sound
 
@@ -47,7 +49,7 @@ def records(job: Job) -> Iterator[dict[str, Any]]:
     """Makes all videos of a job, one process per CPU core, and yields their records in order.
 
     Raises:
-      RuntimeError: a worker failed; what it printed to stderr says why.
+      UserError: a worker failed, of a full disk for instance; what it printed to stderr says why.
     """
     pathlib.Path(job.folder).mkdir(parents=True, exist_ok=True)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -70,9 +72,9 @@ def records(job: Job) -> Iterator[dict[str, Any]]:
             for index in range(job.num_videos):
                 line = workers[index % num_workers].stdout.readline()
                 if not line:
-                    raise RuntimeError(
+                    raise UserError(
                         f"the process that makes synthetic video {index} of split {job.split!r} "
-                        "ended early; its own message is above"
+                        f"in {job.folder} ended early; its own message is above"
                     )
                 path = pathlib.Path(line.rstrip("\n"))
                 yield _unpack(path)
@@ -109,7 +111,7 @@ def write_subtitles(drawn: scenario.Scenario, path: pathlib.Path) -> None:
         f"\n{_timestamp(line.start_s)} --> {_timestamp(line.end_s)}\n{line.text}\n"
         for line in drawn.lines
     )
-    _replace(path, lambda temporary: temporary.write_text(f"WEBVTT\n{cues}", encoding="utf-8"))
+    write_whole(path, f"WEBVTT\n{cues}")
 
 
 def _timestamp(time_s: float) -> str:
@@ -120,17 +122,8 @@ def _timestamp(time_s: float) -> str:
 
 def write_video(drawn: scenario.Scenario, path: pathlib.Path) -> None:
     """Writes picture and sound as H.264 and AAC in MP4."""
-    _replace(path, lambda temporary: _encode(drawn, temporary))
-
-
-def _replace(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
-    """Writes under a temporary name and renames: no half-written file is ever found at `path`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        _encode(drawn, temporary)
 
 
 def _encode(drawn: scenario.Scenario, path: pathlib.Path) -> None:
@@ -193,7 +186,8 @@ def read_back(
         "captions": [
             {"start": c.start_s, "end": c.end_s, "text": c.text} for c in scenario.captions(drawn)
         ],
-        "audio": np.round(waveform * 32767).astype(np.int16),
+        # The decoder divides 16-bit samples by 32768: this stores those very samples.
+        "audio": np.clip(np.round(waveform * 32768), -32768, 32767).astype(np.int16),
         "frames": [_jpeg(frame) for frame in decoded.frames],
         "frame_times": decoded.frame_times.astype(np.float32),
         "score_times": drawn.score_times.astype(np.float32),
