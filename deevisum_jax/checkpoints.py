@@ -118,7 +118,7 @@ class Checkpoints:
 
         Raises:
           UserError: the step holds parameters of another architecture (names what differs), or
-            is damaged.
+            cannot be restored.
         """
         with self._reading(step):
             self._check(step, abstract)
@@ -163,16 +163,17 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _reading(self, step: int) -> Iterator[None]:
-        """Orbax, tensorstore and Grain raise what they like over a damaged file."""
+        """Orbax, tensorstore and Grain raise what they like, over a damaged file or otherwise."""
         try:
             yield
         except UserError:
             raise
         except Exception as error:
             raise UserError(
-                f"checkpoint {self._folder / str(step)} is damaged ({type(error).__name__}: "
-                f"{str(error).splitlines()[0] if str(error) else 'no reason given'}); remove that "
-                "folder to go on from the one before"
+                f"checkpoint {self._folder / str(step)} cannot be restored "
+                f"({type(error).__name__}: "
+                f"{str(error).splitlines()[0] if str(error) else 'no reason given'}); move that "
+                "folder aside to go on from the one before"
             ) from error
 
     def _check(self, step: int, abstract: Params) -> None:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import ast
 import dataclasses
 import json
+import math
 import pathlib
 import runpy
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -23,6 +24,24 @@ from deevisum_jax.errors import UserError, closest
 from deevisum_jax.files import write_whole
 
 FROM_SCRATCH = "from_scratch"
+
+# Which values a field may have, in words and as a test; None is not tested.
+_RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
+    ("above 0", lambda value: value > 0, (
+        "total_steps", "batch_size", "log_every", "data.vocab_size", "data.text_len",
+        "data.num_frames", "data.segment_s", "data.cache_mib", "data.num_threads",
+        "model.sliding_window", "optim.learning_rate", "optim.clip_norm", "optim.accumulate_steps",
+        "checkpoint.every_steps", "checkpoint.keep", "eval.every_steps", "eval.batch_size",
+    )),
+    ("at least 0", lambda value: value >= 0, (
+        "data.caption_len", "model.final_logits_softcap", "loss.token", "loss.class_", "loss.score",
+        "optim.weight_decay",
+    )),
+    ("above 0 and at most 1", lambda value: 0 < value <= 1, ("data.label_fraction", "eval.budget")),
+    ("at least 0 and at most 1", lambda value: 0 <= value <= 1, ("optim.end_fraction",)),
+    ("at least 0 and below 1", lambda value: 0 <= value < 1, ("optim.b1", "optim.b2")),
+    ("at least 0 and below 2**32", lambda value: 0 <= value < 2**32, ("seed",)),
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +72,8 @@ class ModelConfig:
     dtype: str = "float32"  # compute; "bfloat16" on TPU
     param_dtype: str = "float32"  # storage
     remat_policy: str | None = "nothing_saveable"  # jax.checkpoint_policies, None keeps everything
+    final_logits_softcap: float = 0.0  # 0 = none, as big_vision; 30 = as Hugging Face
+    sliding_window: int | None = None  # of layers 0, 2, 4 ..., tokens; None = all layers are global
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,7 +114,7 @@ class MeshConfig:
 class CheckpointConfig:
     """What is kept while training."""
 
-    every_steps: int = 1000  # saved, and resumed from, at this pace
+    every_steps: int = 1000  # saved at this pace, besides what is validated
     keep: int = 2  # newest checkpoints kept; the best by validation tau is kept besides
 
 
@@ -101,7 +122,7 @@ class CheckpointConfig:
 class EvalConfig:
     """How often, on what, by which protocol."""
 
-    every_steps: int = 1000  # validation pace; its tau chooses the best checkpoint
+    every_steps: int = 1000  # validated and saved at this pace; tau chooses the best checkpoint
     batch_size: int = 64  # global
     validation_split: str = "validation"
     test_split: str = "test"
@@ -129,34 +150,15 @@ class Config:
     eval: EvalConfig = EvalConfig()
 
     def __post_init__(self) -> None:
-        _positive("total_steps", self.total_steps)
-        _positive("batch_size", self.batch_size)
-        _positive("log_every", self.log_every)
-        _positive("checkpoint.every_steps", self.checkpoint.every_steps)
-        _positive("checkpoint.keep", self.checkpoint.keep)
-        _positive("eval.every_steps", self.eval.every_steps)
-        _positive("eval.batch_size", self.eval.batch_size)
-        _positive("data.num_frames", self.data.num_frames)
-        _positive("data.segment_s", self.data.segment_s)
-        _fraction("data.label_fraction", self.data.label_fraction)
-        _fraction("eval.budget", self.eval.budget)
-        _positive("data.num_threads", self.data.num_threads)
-        _positive("optim.learning_rate", self.optim.learning_rate)
-        _positive("optim.accumulate_steps", self.optim.accumulate_steps)
-        if self.optim.clip_norm is not None:
-            _positive("optim.clip_norm", self.optim.clip_norm)
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed={self.seed} is not within [0, 2**32)")
+        values = _flatten(dataclasses.asdict(self))
+        for wanted, holds, names in _RANGES:
+            for name in names:
+                if values[name] is not None and not holds(values[name]):
+                    raise UserError(f"{name}={values[name]} must be {wanted}")
         if not 0 <= self.optim.warmup_steps < self.total_steps:
             raise UserError(
                 f"optim.warmup_steps={self.optim.warmup_steps} is not at least 0 and below "
                 f"total_steps={self.total_steps}; shorten the warm-up"
-            )
-        if self.eval.every_steps % self.checkpoint.every_steps:
-            raise UserError(
-                f"eval.every_steps={self.eval.every_steps} is no multiple of "
-                f"checkpoint.every_steps={self.checkpoint.every_steps}, so what is validated would "
-                "not be saved and could not be the best checkpoint; make it one"
             )
         if self.batch_size % self.optim.accumulate_steps:
             raise UserError(
@@ -165,6 +167,11 @@ class Config:
             )
         if not self.model.exit_layers:
             raise UserError("model.exit_layers is empty; name at least the depth of the model")
+        if self.loss.token + self.loss.class_ + self.loss.score == 0:
+            raise UserError(
+                "loss.token, loss.class_ and loss.score are all 0, so nothing would be learned; "
+                "give one of them weight"
+            )
         weights = self.loss.exit_weights
         if weights is not None and (
             len(weights) != len(self.model.exit_layers) or min(weights) < 0 or sum(weights) <= 0
@@ -233,7 +240,7 @@ def from_file(path: str, overrides: Sequence[str] = ()) -> Config:
 def _literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
 
 
@@ -311,14 +318,6 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
     if not isinstance(hint, type) or type(value) is not hint:
         wanted = getattr(hint, "__name__", str(hint))
         raise UserError(f"config field {name}={value!r} must be of type {wanted}")
+    if hint is float and not math.isfinite(value):
+        raise UserError(f"config field {name}={value} must be a finite number")
     return value
-
-
-def _positive(name: str, value: float) -> None:
-    if value <= 0:
-        raise UserError(f"{name}={value} must be above 0")
-
-
-def _fraction(name: str, value: float) -> None:
-    if not 0 < value <= 1:
-        raise UserError(f"{name}={value} must be above 0 and at most 1")

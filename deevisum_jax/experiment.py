@@ -8,19 +8,33 @@ from collections.abc import Sequence
 from deevisum_jax import config as config_lib
 from deevisum_jax.config import Config
 from deevisum_jax.data import pipeline, prompts, tokenizer
+from deevisum_jax.data.prompts import PromptTemplate
 from deevisum_jax.data.segments import SegmentEncoder
 from deevisum_jax.data.tokenizer import Tokenizer
 from deevisum_jax.errors import UserError
+from deevisum_jax.files import write_whole
 from deevisum_jax.models import paligemma2
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.model"
+TEMPLATE_FILE = "template.txt"
 CHECKPOINT_FOLDER = "checkpoints"
 
 # What may differ between a workdir's config and the one it is resumed with: nothing that a trained
 # number depends on.
 _MAY_CHANGE = ("log_every", "checkpoint.", "eval.", "mesh.", "data.data_dir", "data.cache_mib")
 _MAY_CHANGE += ("data.num_threads",)
+
+
+def missing_parts(run: pathlib.Path) -> list[str]:
+    """What a folder lacks to be a trained run."""
+    parts = (CONFIG_FILE, TOKENIZER_FILE, TEMPLATE_FILE, CHECKPOINT_FOLDER)
+    return [name for name in parts if not (run / name).exists()]
+
+
+def has_checkpoint(workdir: pathlib.Path) -> bool:
+    """Whether training has come to something that belongs to its config."""
+    return any((workdir / CHECKPOINT_FOLDER).glob("[0-9]*"))
 
 
 def claim_workdir(workdir: pathlib.Path, config: Config) -> None:
@@ -33,15 +47,12 @@ def claim_workdir(workdir: pathlib.Path, config: Config) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if stored.exists():
-            changed = config_lib.differences(config_lib.load(stored), config)
-            refused = [line for line in changed if not line.startswith(_MAY_CHANGE)]
-            if refused and any((workdir / CHECKPOINT_FOLDER).glob("[0-9]*")):
-                raise UserError(
-                    f"{workdir} holds a run of another config; use a new --workdir, or set back "
-                    + "; ".join(refused)
-                )
-            if refused:  # It stopped before its first checkpoint, likely at a mistake now mended.
-                (workdir / TOKENIZER_FILE).unlink(missing_ok=True)
+            if has_checkpoint(workdir):
+                _check_same(workdir, config)
+            elif _refused(workdir, config):
+                # It stopped before its first checkpoint, likely at a mistake now mended.
+                for name in (TOKENIZER_FILE, TEMPLATE_FILE):
+                    (workdir / name).unlink(missing_ok=True)
         elif any(path.suffix != ".partial" for path in workdir.iterdir()):
             raise UserError(
                 f"{workdir} is not empty and holds no run of ours; give --workdir a new folder"
@@ -54,51 +65,121 @@ def claim_workdir(workdir: pathlib.Path, config: Config) -> None:
         ) from None
 
 
-def initial_run(config: Config) -> pathlib.Path:
-    """The folder of the run whose parameters training starts from.
+def check_run(workdir: pathlib.Path, config: Config) -> None:
+    """Makes sure that `workdir` holds a trained run of this config; changes nothing.
 
     Raises:
-      UserError: there is no run of ours.
+      UserError: it does not.
     """
+    if missing := missing_parts(workdir):
+        raise UserError(
+            f"{workdir} holds no run to evaluate, it lacks {', '.join(missing)}; train one, or "
+            "correct --workdir"
+        )
+    _check_same(workdir, config)
+
+
+def _check_same(workdir: pathlib.Path, config: Config) -> None:
+    if refused := _refused(workdir, config):
+        raise UserError(
+            f"{workdir} holds a run of another config; use a new --workdir, or set back "
+            + "; ".join(refused)
+        )
+
+
+def _refused(workdir: pathlib.Path, config: Config) -> list[str]:
+    """What differs from the run in `workdir` and must not."""
+    changed = config_lib.differences(config_lib.load(workdir / CONFIG_FILE), config)
+    refused = [line for line in changed if not line.startswith(_MAY_CHANGE)]
+    # The file of a template may have been edited, or be gone, since it was copied.
+    given, kept = pathlib.Path(config.data.template), workdir / TEMPLATE_FILE
+    there = given.is_file() and kept.is_file()
+    if there and prompts.load_template(str(given)) != prompts.load_template(str(kept)):
+        refused.append(f"the text of data.template={config.data.template} to that of {kept}")
+    return refused
+
+
+def initial_run(config: Config) -> pathlib.Path | None:
+    """The folder of the run whose parameters training starts from; None when from scratch.
+
+    Raises:
+      UserError: there is no trained run of ours, or its parameters would mean something else here.
+    """
+    if config.initialization == config_lib.FROM_SCRATCH:
+        return None
     folder = pathlib.Path(config.initialization).expanduser()
-    if not (folder / CONFIG_FILE).is_file():
+    if missing := missing_parts(folder):
         raise UserError(
             f"initialization={config.initialization!r} is neither {config_lib.FROM_SCRATCH!r} nor "
-            "the folder of a run of ours; give one of them"
+            f"the folder of a run of ours, it lacks {', '.join(missing)}; give one of them"
         )
+    exits = config_lib.load(folder / CONFIG_FILE).model.exit_layers
+    if exits != config.model.exit_layers:
+        raise UserError(
+            f"the exit heads of initialization={config.initialization!r} sit after the layers "
+            f"{exits}, not after model.exit_layers={config.model.exit_layers}; set the same"
+        )
+    if config.data.tokenizer:
+        ours, theirs = (
+            tokenizer.load_tokenizer(path).processor.serialized_model_proto()
+            for path in (config.data.tokenizer, folder / TOKENIZER_FILE)
+        )
+        if ours != theirs:
+            raise UserError(
+                f"data.tokenizer={config.data.tokenizer} is not the tokenizer of "
+                f"initialization={config.initialization!r}, whose embeddings belong to its own "
+                "pieces; leave data.tokenizer empty"
+            )
     return folder
 
 
-def make_tokenizer(config: Config, workdir: pathlib.Path, records: Sequence[pipeline.Record]):
-    """The run's tokenizer; a copy is kept in `workdir`, so that a run is whole by itself."""
+def make_template(config: Config, workdir: pathlib.Path) -> PromptTemplate:
+    """The run's prompt template; a copy is kept in `workdir`, so that a run is whole by itself."""
+    kept = workdir / TEMPLATE_FILE
+    if kept.exists():
+        return prompts.load_template(str(kept))
+    template = prompts.load_template(config.data.template)
+    write_whole(kept, template.text)
+    return template
+
+
+def make_tokenizer(
+    config: Config,
+    workdir: pathlib.Path,
+    template: PromptTemplate,
+    records: Sequence[pipeline.Record],
+) -> Tokenizer:
+    """The run's tokenizer; kept in `workdir` as the template is."""
     kept = workdir / TOKENIZER_FILE
     if kept.exists():
         return tokenizer.load_tokenizer(kept)
-    if config.data.tokenizer:
-        given = tokenizer.load_tokenizer(config.data.tokenizer)
-        tokenizer.save_tokenizer(given, kept)
-        return given
-    if config.initialization != config_lib.FROM_SCRATCH:
-        # The embeddings to start from belong to that run's pieces.
-        theirs = tokenizer.load_tokenizer(initial_run(config) / TOKENIZER_FILE)
-        tokenizer.save_tokenizer(theirs, kept)
-        return theirs
-    template = prompts.load_template(config.data.template)
+    start = initial_run(config)  # the embeddings to start from belong to that run's pieces
+    given = start / TOKENIZER_FILE if start else config.data.tokenizer
+    if given:
+        return tokenizer.save_tokenizer(tokenizer.load_tokenizer(given), kept)
     return tokenizer.train_tokenizer(
         pipeline.texts(records, template), kept, vocab_size=config.data.vocab_size
     )
 
 
-def model_config(config: Config, tokens: Tokenizer) -> paligemma2.PaliGemma2Config:
-    """The model's config; a model trained from scratch takes the tokenizer's vocabulary.
+def model_config(config: Config, tokens: Tokenizer | None = None) -> paligemma2.PaliGemma2Config:
+    """The model's config, with room for the tokenizer's pieces.
+
+    Without a tokenizer the vocabulary is the variant's own: enough to check all else.
 
     Raises:
       UserError: as `paligemma2.get_config`, or the exits do not end at the depth.
     """
+    llm = {
+        "final_logits_softcap": config.model.final_logits_softcap,
+        "sliding_window": config.model.sliding_window,
+    }
+    if tokens is not None:
+        # To a multiple of 128, as PaliGemma's own is, so that any tensor axis divides it.
+        llm["vocab_size"] = -(-tokens.vocab_size // 128) * 128
     made = paligemma2.get_config(
         config.model.variant,
-        # To a multiple of 128, as PaliGemma's own is, so that any tensor axis divides it.
-        llm={"vocab_size": -(-tokens.vocab_size // 128) * 128},
+        llm=llm,
         exit_layers=config.model.exit_layers,
         dtype=config.model.dtype,
         param_dtype=config.model.param_dtype,
@@ -113,13 +194,19 @@ def model_config(config: Config, tokens: Tokenizer) -> paligemma2.PaliGemma2Conf
 
 
 def make_encoder(
-    config: Config, tokens: Tokenizer, image_size: int, *, captions: bool = False
+    config: Config,
+    tokens: Tokenizer,
+    template: PromptTemplate,
+    image_size: int,
+    *,
+    captions: bool = False,
 ) -> SegmentEncoder:
     """What turns a segment of a video into the fields of a `Batch`.
 
     Args:
-      config: names the template, the lengths and what is left out.
+      config: names the lengths and what is left out.
       tokens: the run's tokenizer.
+      template: the run's prompt template.
       image_size: height and width of the model's pictures, pixels.
       captions: with room for `data.caption_len` tokens of a caption, as in training; scoring reads
         the label's place and has no use for them.
@@ -127,7 +214,7 @@ def make_encoder(
     return SegmentEncoder(
         prompts=prompts.PromptEncoder(
             tokenizer=tokens,
-            template=prompts.load_template(config.data.template),
+            template=template,
             text_len=config.data.text_len,
             caption_len=config.data.caption_len if captions else 0,
         ),

@@ -32,7 +32,7 @@ from deevisum_jax import config as config_lib
 from deevisum_jax.config import Config
 from deevisum_jax.data import pipeline
 from deevisum_jax.data.segments import INPUTS
-from deevisum_jax.errors import UserError, exits_on_user_error
+from deevisum_jax.errors import exits_on_user_error
 from deevisum_jax.files import write_whole
 from deevisum_jax.inference import scoring
 from deevisum_jax.models import paligemma2
@@ -52,7 +52,7 @@ what DIR gets:
   report.json     the same numbers, with the protocol of each
   metrics.jsonl   a line per logged step; tensorboard/ has them as event files
   checkpoints/    to resume from, and the best by validation tau
-  config.json, tokenizer.model   what the checkpoints need to be used
+  config.json, tokenizer.model, template.txt   what the checkpoints need to be used
 
 Exit status: 0 done, 2 a mistake in what was given (one line says which, and the next step).
 """
@@ -64,9 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, config = parse(argv)
     # Orbax warns of much that is as it should be.
     absl.logging.set_verbosity(absl.logging.ERROR)
-    if args.mode == "evaluate" and not (args.workdir / experiment.CONFIG_FILE).exists():
-        raise UserError(f"{args.workdir} holds no run to evaluate; train one, or correct --workdir")
-    experiment.claim_workdir(args.workdir, config)
+    if args.mode == "train":
+        experiment.claim_workdir(args.workdir, config)
+    else:
+        experiment.check_run(args.workdir, config)
     with jax.set_mesh(sharding.make_mesh(**dataclasses.asdict(config.mesh))):
         run = Run(config, args.workdir)
         if args.mode == "train":
@@ -112,21 +113,27 @@ class Run:
     """One experiment on the current mesh: its data, its model, its state."""
 
     def __init__(self, config: Config, workdir: pathlib.Path) -> None:
-        # ---- Mesh: what it must divide, before anything is loaded ----
+        # ---- Mistakes that need no data to be seen: building it may take minutes ----
         self.config, self.workdir = config, workdir
         self.mesh = jax.sharding.get_mesh()
         microbatch = config.batch_size // config.optim.accumulate_steps
         sharding.check_batch("batch_size / optim.accumulate_steps", microbatch, self.mesh)
         sharding.check_batch("eval.batch_size", config.eval.batch_size, self.mesh)
+        shapes = paligemma2.abstract_params(experiment.model_config(config))
+        sharding.validate(shapes, self.mesh)
+        optim.split_frozen(shapes, config.optim.frozen)
+        if not experiment.has_checkpoint(workdir):
+            experiment.initial_run(config)
+        template = experiment.make_template(config, workdir)
 
         # ---- Data: records, tokenizer, segments ----
         self.dataset = datasets.Dataset(config.data.dataset, config.data.data_dir)
         for split in (config.eval.validation_split, config.eval.test_split):
             self.dataset.split(split)  # a wrong name is better known before training than after
-        self.tokenizer = experiment.make_tokenizer(config, workdir, self.dataset.split("train"))
-        self.model_config = experiment.model_config(config, self.tokenizer)
+        tokens = experiment.make_tokenizer(config, workdir, template, self.dataset.split("train"))
+        self.model_config = experiment.model_config(config, tokens)
         self.make_encoder = functools.partial(
-            experiment.make_encoder, config, self.tokenizer, self.model_config.img.image_size
+            experiment.make_encoder, config, tokens, template, self.model_config.img.image_size
         )
 
         # ---- Model and optimizer: shapes and shardings before any array ----
@@ -134,11 +141,7 @@ class Run:
         self.tx = optim.make_optimizer(config.optim, self.schedule)
         shapes = jax.eval_shape(self._from_scratch, jax.random.key(config.seed))
         self.shardings = train_step.state_shardings(shapes, self.tx, self.mesh)
-        self.abstract = jax.tree.map(
-            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-            shapes,
-            self.shardings,
-        )
+        self.abstract = sharding.abstract(shapes, self.shardings)
         self.score_fn = scoring.make_score_fn(
             self.model_config, optim.merge(self.shardings.params, self.shardings.frozen), self.mesh
         )
@@ -187,13 +190,14 @@ class Run:
                 for step in range(first_step + 1, config.total_steps + 1):
                     state, metrics = update(state, sharding.place_batch(next(data_iter), self.mesh))
                     log.advance()
-                    last = step == config.total_steps
-                    saves = step % config.checkpoint.every_steps == 0 or last
+                    validates = step % config.eval.every_steps == 0 or step == config.total_steps
+                    # Whatever is validated may be the best, so it is saved.
+                    saves = step % config.checkpoint.every_steps == 0 or validates
                     # What is saved is logged first: that refuses numbers that are not finite.
                     if step % config.log_every == 0 or step == first_step + 1 or saves:
                         log.train(step, metrics)
                     scores = None
-                    if step % config.eval.every_steps == 0 or last:
+                    if validates:
                         with log.paused():
                             scores = self._validate(state, validation)
                             log.write(step, {f"validation/{k}": v for k, v in scores.items()})
@@ -259,11 +263,11 @@ class Run:
         """Resume > initialize from a run > from scratch."""
         if saved.latest_step is not None:
             return saved.restore(saved.latest_step, self.abstract, data_iter)
-        if self.config.initialization == config_lib.FROM_SCRATCH:
+        folder = experiment.initial_run(self.config)
+        if folder is None:
             init = jax.jit(self._from_scratch, out_shardings=self.shardings)
             return init(jax.random.key(self.config.seed))
-        folder = experiment.initial_run(self.config) / experiment.CHECKPOINT_FOLDER
-        with checkpoints.Checkpoints(folder) as other:
+        with checkpoints.Checkpoints(folder / experiment.CHECKPOINT_FOLDER) as other:
             params = other.restore_params(other.best_step, self._abstract_params)
         start = lambda params: train_step.init_state(params, self.tx, self.config.optim.frozen)
         return jax.jit(start, out_shardings=self.shardings)(params)

@@ -8,8 +8,9 @@ parallelism). The batch is split over `data` and `fsdp` together.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -95,29 +96,48 @@ def make_mesh(*, data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -
     """
     devices = jax.devices() if devices is None else devices
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    free = [axis for axis, size in sizes.items() if size == -1]
-    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+    if any(size < 1 and size != -1 for size in sizes.values()) or [*sizes.values()].count(-1) > 1:
         raise UserError(
             f"mesh sizes are at least 1, and at most one may be -1 (all that is left): got {sizes}"
         )
-    taken = 1
-    for size in sizes.values():
-        taken *= size if size != -1 else 1
-    if free:
-        sizes[free[0]] = len(devices) // taken
-    if taken * (sizes[free[0]] if free else 1) != len(devices):
+    left = len(devices) // math.prod(size for size in sizes.values() if size != -1)
+    counts = tuple(left if size == -1 else size for size in sizes.values())
+    if math.prod(counts) != len(devices):
         raise UserError(
-            f"mesh sizes {sizes} do not multiply to the number of devices, {len(devices)}; "
-            "set one of them to -1 to take what is left"
+            f"mesh sizes {sizes} do not multiply to the number of devices, {len(devices)}; choose "
+            "sizes that do, of which one may be -1 to take what is left"
         )
     # Auto: the compiler propagates shardings from the parameters and `constrain`. The default of
     # `jax.make_mesh` is Explicit, which would put shardings into every type.
     return jax.make_mesh(
-        tuple(sizes.values()),
+        counts,
         MESH_AXES,
         axis_types=(AxisType.Auto,) * len(MESH_AXES),
         devices=devices,
     )
+
+
+def fitting_mesh(abstract_params: Tree, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """All devices, of which as many as divide the parameters share one copy of them.
+
+    For a machine that no config was written for. The batch is split over every device whatever
+    their number, and parameters over the most that divide them: a model of width 2304 on 8 devices
+    is split 8 ways, on 6 devices 6 ways, on 5 devices each has a copy.
+
+    Args:
+      abstract_params: nested dictionary of anything with `shape` and `ndim`.
+      devices: None = all.
+    """
+    count = len(jax.devices() if devices is None else devices)
+    for fsdp in range(count, 0, -1):
+        if count % fsdp == 0:
+            mesh = make_mesh(data=count // fsdp, fsdp=fsdp, devices=devices)
+            try:
+                validate(abstract_params, mesh)
+            except UserError:
+                continue
+            return mesh
+    raise AssertionError("one shard divides everything")
 
 
 def logical_axes(path: str, ndim: int) -> tuple[str, ...]:
@@ -190,6 +210,20 @@ def param_shardings(abstract_params: Tree, mesh: Mesh) -> Tree:
             mesh, partition_spec(logical_axes(_name(path), leaf.ndim))
         ),
         abstract_params,
+    )
+
+
+def abstract(shapes: Any, shardings: Any) -> Any:
+    """Shapes and dtypes with where they are to live: what a checkpoint is restored onto.
+
+    Args:
+      shapes: tree of anything with `shape` and `dtype`.
+      shardings: tree of the same structure.
+    """
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        shapes,
+        shardings,
     )
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from deevisum_jax import checkpoints, experiment, media, sharding
 from deevisum_jax import config as config_lib
-from deevisum_jax.data import audio, pipeline, subtitles, tokenizer
+from deevisum_jax.data import audio, pipeline, prompts, subtitles, tokenizer
 from deevisum_jax.data.segments import Video, segment_bounds
 from deevisum_jax.data.video import DecodedVideo, decode_video
 from deevisum_jax.errors import UserError, exits_on_user_error
@@ -161,31 +161,22 @@ class Student:
         Raises:
           UserError: `run` is no workdir of a run, or misses a part.
         """
-        parts = (
-            experiment.CONFIG_FILE,
-            experiment.TOKENIZER_FILE,
-            experiment.CHECKPOINT_FOLDER,
-        )
-        missing = [name for name in parts if not (run / name).exists()]
-        if missing:
+        if missing := experiment.missing_parts(run):
             raise UserError(
                 f"{run} is no workdir of a training run, it lacks {', '.join(missing)}; give "
                 "--checkpoint the folder that deevisum_jax.main was given as --workdir"
             )
         self.config = config_lib.load(run / experiment.CONFIG_FILE)
         tokens = tokenizer.load_tokenizer(run / experiment.TOKENIZER_FILE)
+        template = prompts.load_template(str(run / experiment.TEMPLATE_FILE))
         self.model_config = experiment.model_config(self.config, tokens)
         self.encoder = experiment.make_encoder(
-            self.config, tokens, self.model_config.img.image_size
+            self.config, tokens, template, self.model_config.img.image_size
         )
         shapes = paligemma2.abstract_params(self.model_config)
-        self._mesh = scoring_mesh(shapes)
+        self._mesh = sharding.fitting_mesh(shapes)
         shardings = sharding.param_shardings(shapes, self._mesh)
-        abstract = jax.tree.map(
-            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-            shapes,
-            shardings,
-        )
+        abstract = sharding.abstract(shapes, shardings)
         with checkpoints.Checkpoints(run / experiment.CHECKPOINT_FOLDER) as saved:
             params = saved.restore_params(saved.best_step, abstract)
         score_fn = scoring.make_score_fn(self.model_config, shardings, self._mesh)
@@ -205,31 +196,6 @@ class Student:
         )
         with jax.set_mesh(self._mesh):
             return bounds, scoring.score_videos(self._score_fn, batches, self._mesh)[0]
-
-
-def scoring_mesh(
-    shapes: paligemma2.Params, devices: Sequence[jax.Device] | None = None
-) -> jax.sharding.Mesh:
-    """All devices, of which as many as divide the parameters share one copy of them.
-
-    A run's own mesh was chosen for the machine it was trained on. Here the batch is split over
-    every device whatever their number, and parameters over the most that divide them: a model of
-    width 2304 on 8 devices is split 8 ways, on 6 devices 6 ways, on 5 devices each has a copy.
-
-    Args:
-      shapes: abstract parameters.
-      devices: None = all.
-    """
-    count = len(jax.devices() if devices is None else devices)
-    for fsdp in range(count, 0, -1):
-        if count % fsdp == 0:
-            mesh = sharding.make_mesh(data=count // fsdp, fsdp=fsdp, devices=devices)
-            try:
-                sharding.validate(shapes, mesh)
-            except UserError:
-                continue
-            return mesh
-    raise AssertionError("one shard divides everything")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

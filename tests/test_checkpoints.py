@@ -149,13 +149,26 @@ def test_a_damaged_step_is_named(tmp_path, pattern):
         path.write_bytes(b"\0")
     with (
         Checkpoints(tmp_path) as saved,
-        pytest.raises(UserError, match=r"checkpoint .*/2 is damaged .* remove that folder"),
+        pytest.raises(
+            UserError, match=r"checkpoint .*/2 cannot be restored .* move that folder aside"
+        ),
     ):
         saved.restore(2, abstract(make_state()), make_iterator())
+
+
+def test_a_step_that_cannot_be_restored_may_still_be_whole(tmp_path, monkeypatch):
+    def fails(*args, **kwargs):
+        raise MemoryError("9 GiB")
+
+    save(tmp_path, [0.1])
+    with Checkpoints(tmp_path) as saved:
+        monkeypatch.setattr(saved._manager, "restore", fails)
+        with pytest.raises(UserError, match=r"/1 cannot be restored \(MemoryError: 9 GiB\)"):
+            saved.restore(1, abstract(make_state()), make_iterator())
 
 
 def test_a_step_without_its_parameters_is_named(tmp_path):
     save(tmp_path, [0.1, 0.2])
     shutil.rmtree(tmp_path / "2" / "params")
-    with Checkpoints(tmp_path) as saved, pytest.raises(UserError, match=r"/2 is damaged"):
+    with Checkpoints(tmp_path) as saved, pytest.raises(UserError, match=r"/2 cannot be restored"):
         saved.restore_params(2, abstract(make_state()).params)

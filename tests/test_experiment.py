@@ -29,6 +29,22 @@ def with_checkpoint(workdir):
     (workdir / "checkpoints" / "100").mkdir(parents=True)
 
 
+def make_tokenizer(config, workdir, records) -> tokenizer.Tokenizer:
+    template = experiment.make_template(config, workdir)
+    return experiment.make_tokenizer(config, workdir, template, records)
+
+
+@pytest.fixture
+def other_run(tmp_path, tiny_config) -> pathlib.Path:
+    """A run as far as one can start from it, with a tokenizer of its own."""
+    folder = tmp_path / "other"
+    claim(folder, tiny_config())
+    experiment.make_template(tiny_config(), folder)
+    tokenizer.train_tokenizer(["quite", "another"], folder / "tokenizer.model", vocab_size=280)
+    with_checkpoint(folder)
+    return folder
+
+
 def test_a_new_folder_is_made_and_the_same_run_may_come_back(tmp_path, tiny_config):
     workdir = tmp_path / "runs" / "first"
     assert claim(workdir, tiny_config()) == tiny_config()
@@ -87,8 +103,8 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, tiny_config, below):
 
 
 def test_the_tokenizer_is_trained_once_and_kept(tmp_path, tiny_config, records):
-    made = experiment.make_tokenizer(tiny_config(), tmp_path, records)
-    again = experiment.make_tokenizer(tiny_config(), tmp_path, [])
+    made = make_tokenizer(tiny_config(), tmp_path, records)
+    again = make_tokenizer(tiny_config(), tmp_path, [])
     assert again.processor.serialized_model_proto() == made.processor.serialized_model_proto()
     assert made.vocab_size == 400 + 1152
 
@@ -99,25 +115,88 @@ def test_a_given_tokenizer_is_copied(tmp_path, tiny_config, records):
     config = tiny_config(f"data.tokenizer={given}")
     workdir = tmp_path / "run"
     workdir.mkdir()
-    experiment.make_tokenizer(config, workdir, records)
+    make_tokenizer(config, workdir, records)
     assert (workdir / "tokenizer.model").read_bytes() == given.read_bytes()
 
 
-def test_a_run_that_starts_from_another_keeps_its_tokenizer(tmp_path, tiny_config, records):
-    other, workdir = tmp_path / "other", tmp_path / "run"
-    claim(other, tiny_config())
-    theirs = tokenizer.train_tokenizer(
-        ["quite", "another"], other / "tokenizer.model", vocab_size=280
-    )
-    workdir.mkdir()
-    ours = experiment.make_tokenizer(tiny_config(f"initialization={other}"), workdir, records)
-    assert ours.processor.serialized_model_proto() == theirs.processor.serialized_model_proto()
+def test_a_run_that_starts_from_another_keeps_its_tokenizer(tmp_path, tiny_config, other_run):
+    theirs = (other_run / "tokenizer.model").read_bytes()
+    (tmp_path / "same.model").write_bytes(theirs)
+    for name, given in {"none": "", "same": tmp_path / "same.model"}.items():
+        workdir = tmp_path / name
+        workdir.mkdir()
+        config = tiny_config(f"initialization={other_run}", f"data.tokenizer={given}")
+        make_tokenizer(config, workdir, [])
+        assert (workdir / "tokenizer.model").read_bytes() == theirs
 
 
-def test_initialization_from_no_run_is_refused(tmp_path, tiny_config, records):
+def test_a_run_cannot_start_from_another_with_other_pieces(tmp_path, tiny_config, other_run):
+    given = tmp_path / "given.model"
+    tokenizer.train_tokenizer(["yes", "no"], given, vocab_size=280)
+    config = tiny_config(f"initialization={other_run}", f"data.tokenizer={given}")
+    with pytest.raises(UserError, match=r"is not the tokenizer of .* leave data\.tokenizer empty"):
+        experiment.initial_run(config)
+
+
+def test_a_run_cannot_start_from_exit_heads_of_other_layers(tiny_config, other_run):
+    config = tiny_config(f"initialization={other_run}", "model.exit_layers=(3, 4)")
+    with pytest.raises(UserError, match=r"\(2, 4\), not after model\.exit_layers=\(3, 4\)"):
+        experiment.initial_run(config)
+
+
+def test_initialization_from_no_run_is_refused(tiny_config, other_run):
     config = tiny_config("initialization=from_scrach")
     with pytest.raises(UserError, match="'from_scrach' is neither 'from_scratch' nor the folder"):
-        experiment.make_tokenizer(config, tmp_path, records)
+        experiment.initial_run(config)
+    (other_run / "tokenizer.model").unlink()
+    with pytest.raises(UserError, match=r"it lacks tokenizer\.model;"):
+        experiment.initial_run(tiny_config(f"initialization={other_run}"))
+
+
+def test_the_template_is_kept_and_its_file_may_go(tmp_path, tiny_config):
+    given, workdir = tmp_path / "mine.txt", tmp_path / "run"
+    given.write_text("Of {title}:\n{transcript}\n")
+    config = tiny_config(f"data.template={given}")
+    claim(workdir, config)
+    made = experiment.make_template(config, workdir)
+    with_checkpoint(workdir)
+    given.unlink()
+    claim(workdir, config)
+    assert experiment.make_template(config, workdir) == made
+    assert made.text == (workdir / "template.txt").read_text() == "Of {title}:\n{transcript}"
+
+
+def test_an_edited_template_is_another_config(tmp_path, tiny_config):
+    given, workdir = tmp_path / "mine.txt", tmp_path / "run"
+    given.write_text("{titel}")
+    config = tiny_config(f"data.template={given}")
+    claim(workdir, config)
+    with pytest.raises(UserError, match=r"names \{titel\}"):
+        experiment.make_template(config, workdir)
+    for text in ("{title} of too many words", "{title}"):  # before the first checkpoint it counts
+        given.write_text(text)
+        claim(workdir, config)
+        assert experiment.make_template(config, workdir).text == text
+    with_checkpoint(workdir)
+    given.write_text("{transcript}")
+    with pytest.raises(UserError, match=r"set back the text of data\.template=.*mine\.txt to that"):
+        claim(workdir, config)
+
+
+def test_checking_a_run_changes_nothing(tmp_path, tiny_config, other_run):
+    before = contents(other_run)
+    experiment.check_run(other_run, tiny_config("eval.exit_threshold=0.5"))
+    with pytest.raises(UserError, match=r"another config.*set back seed: 0 -> 1"):
+        experiment.check_run(other_run, tiny_config("seed=1"))
+    (other_run / "checkpoints" / "100").rmdir()  # training could take the folder, not evaluation
+    with pytest.raises(UserError, match="another config"):
+        experiment.check_run(other_run, tiny_config("seed=1"))
+    assert contents(other_run) == before
+    with pytest.raises(
+        UserError, match=r"lacks config\.json, tokenizer\.model, template\.txt, che"
+    ):
+        experiment.check_run(tmp_path / "nothing", tiny_config())
+    assert not (tmp_path / "nothing").exists()
 
 
 @pytest.mark.parametrize(
@@ -130,41 +209,50 @@ def test_initialization_from_no_run_is_refused(tmp_path, tiny_config, records):
         ("(2, 2, 4)", r"must be strictly increasing"),
     ],
 )
-def test_exits_that_cannot_be(tmp_path, tiny_config, records, exits, message):
-    config = tiny_config(f"model.exit_layers={exits}")
-    tokens = experiment.make_tokenizer(config, tmp_path, records)
+def test_exits_that_cannot_be(tiny_config, exits, message):
     with pytest.raises(UserError, match=message):
-        experiment.model_config(config, tokens)
+        experiment.model_config(tiny_config(f"model.exit_layers={exits}"))
 
 
 def test_the_model_follows_the_config_and_the_tokenizer(tmp_path, tiny_config, records):
     config = tiny_config("model.dtype=bfloat16", "model.remat_policy=None", "data.vocab_size=301")
-    tokens = experiment.make_tokenizer(config, tmp_path, records)
+    tokens = make_tokenizer(config, tmp_path, records)
     made = experiment.model_config(config, tokens)
     assert (made.dtype, made.param_dtype, made.remat_policy) == ("bfloat16", "float32", None)
     assert made.exit_layers == (2, 4)
     # 301 + 1152 = 1453 pieces, up to a multiple of 128.
     assert tokens.vocab_size == 1453
     assert made.llm.vocab_size == 1536
+    assert (made.llm.final_logits_softcap, made.llm.sliding_window) == (0.0, None)
+    flags = ("model.final_logits_softcap=30", "model.sliding_window=4096")
+    as_hugging_face = experiment.model_config(tiny_config(*flags), tokens).llm
+    assert (as_hugging_face.final_logits_softcap, as_hugging_face.sliding_window) == (30.0, 4096)
 
 
-def test_unknown_names_are_refused(tmp_path, tiny_config, records):
-    tokens = experiment.make_tokenizer(tiny_config(), tmp_path, records)
+def test_unknown_names_are_refused(tiny_config):
     for override, message in {
         "model.variant=tny": "'tny' is unknown: did you mean 'tiny'",
         "model.dtype=float16": "dtype 'float16' is unknown",
         "model.remat_policy=everything": "everything",
     }.items():
         with pytest.raises(UserError, match=message):
-            experiment.model_config(tiny_config(override), tokens)
+            experiment.model_config(tiny_config(override))
+
+
+def test_a_prompt_that_does_not_fit_is_refused(tmp_path, tiny_config, records):
+    config = tiny_config("data.text_len=4")
+    tokens = make_tokenizer(config, tmp_path, records)
+    template = experiment.make_template(config, tmp_path)
     with pytest.raises(UserError, match="raise it to at least"):
-        experiment.make_encoder(tiny_config("data.text_len=4"), tokens, 28)
+        experiment.make_encoder(config, tokens, template, 28)
 
 
 def test_the_encoder_follows_the_config(tmp_path, tiny_config, records):
     config = tiny_config("data.left_out=('sound',)", "data.num_frames=3")
-    tokens = experiment.make_tokenizer(config, tmp_path, records)
-    encoder = experiment.make_encoder(config, tokens, 28)
+    tokens = make_tokenizer(config, tmp_path, records)
+    template = experiment.make_template(config, tmp_path)
+    encoder = experiment.make_encoder(config, tokens, template, 28)
+    assert encoder.prompts.template == template
     assert (encoder.num_frames, encoder.image_size) == (3, 28)
     assert encoder.left_out == ("sound",)
     assert encoder.prompts.text_len == 48

@@ -20,6 +20,7 @@ import pytest
 
 from deevisum_jax import checkpoints, main, sharding, training_log
 from deevisum_jax import config as config_lib
+from deevisum_jax.models import paligemma2
 
 REPO = pathlib.Path(__file__).parent.parent
 CONFIG = str(REPO / "configs" / "tiny.py")
@@ -89,8 +90,8 @@ def contents(folder: pathlib.Path) -> dict[str, bytes]:
 
 def test_a_run_leaves_what_it_promises(finished):
     assert {path.name for path in finished.iterdir()} == {
-        "config.json", "tokenizer.model", "metrics.jsonl", "tensorboard", "checkpoints",
-        "report.json", "report.html",
+        "config.json", "tokenizer.model", "template.txt", "metrics.jsonl", "tensorboard",
+        "checkpoints", "report.json", "report.html",
     }  # fmt: skip
     logged = lines(finished)
     assert [line["step"] for line in logged] == [1, 2, 3, 4, 4, 5, 6, 6]
@@ -109,11 +110,14 @@ def test_a_run_leaves_what_it_promises(finished):
     assert "loss/total" in page
 
 
-def test_the_newest_checkpoints_and_the_best_are_kept(finished):
-    taus = {line["step"]: line["validation/tau"] for line in lines(finished)[4::3]}
-    best = max(taus, key=lambda step: (taus[step], step))
-    assert saved_steps(finished) == {4, 6}
-    assert json.loads((finished / "report.json").read_text())["steps"] == best
+def test_what_is_validated_is_saved_and_the_best_of_it_kept(command, tmp_path, monkeypatch):
+    taus = iter([0.9, 0.1])  # at steps 3 and 6; saved are 3 and 4 and 6
+    monkeypatch.setattr(main.Run, "_validate", lambda *_: {"tau": next(taus)})
+    flags = ("eval.every_steps=3", "checkpoint.every_steps=4", "checkpoint.keep=1")
+    flags = (*flags, "eval.ablate_inputs=False")
+    assert command(tmp_path / "run", *(f"--config.{flag}" for flag in flags)) == 0
+    assert saved_steps(tmp_path / "run") == {3, 6}
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["steps"] == 3
 
 
 def test_one_device_gives_the_same_losses(finished, command, tmp_path, monkeypatch):
@@ -149,6 +153,42 @@ def test_a_killed_run_goes_on_to_the_same_numbers_to_the_bit(
     )
 
 
+def test_a_process_that_dies_while_it_saves_goes_on_to_the_same_numbers(
+    finished, command, data_dir, tmp_path
+):
+    workdir = tmp_path / "run"
+    script = (
+        "import os, sys\n"
+        "from deevisum_jax import checkpoints, main\n"
+        "save = checkpoints.Checkpoints.save\n"
+        "def save_and_die(self, step, *rest):\n"
+        "    save(self, step, *rest)\n"
+        "    if step == 4:\n"
+        "        os._exit(137)\n"
+        "checkpoints.Checkpoints.save = save_and_die\n"
+        "main.main(sys.argv[1:])\n"
+    )
+    data = f"--config.data.data_dir={data_dir}"
+    killed = subprocess.run(
+        [sys.executable, "-c", script, "--config", CONFIG, "--workdir", workdir, data, *MESH],
+        env=os.environ
+        | {
+            "PYTHONPATH": str(REPO),
+            "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        },
+        check=False,
+    )
+    assert killed.returncode == 137
+    assert (workdir / "checkpoints" / "2").is_dir()
+    assert not (workdir / "report.json").exists()
+    assert command(workdir) == 0
+    assert lines(workdir) == lines(finished)
+    assert json.loads((workdir / "report.json").read_text()) == json.loads(
+        (finished / "report.json").read_text()
+    )
+
+
 def test_a_finished_run_is_evaluated_again_and_not_trained(finished, command, tmp_path, capsys):
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
@@ -166,9 +206,13 @@ def test_a_finished_run_is_evaluated_again_and_not_trained(finished, command, tm
 def test_evaluation_alone(finished, command, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
-    (workdir / "report.json").unlink()
+    before = contents(workdir)
     flags = ["--config.eval.ablate_inputs=False", "--config.eval.exit_threshold=0.5"]
     assert command(workdir, "--mode", "evaluate", *flags) == 0
+    after = contents(workdir)
+    assert after.keys() == before.keys()
+    changed = {pathlib.Path(path).name for path in after if after[path] != before[path]}
+    assert changed == {"report.json", "report.html"}
     report = json.loads((workdir / "report.json").read_text())
     assert report["avg_depth"] == 2.0  # every segment is sure enough at the first exit
     assert report["tau_early_exit"] == report["rows"]["exit_2"]["tau"]
@@ -252,6 +296,26 @@ def test_mistakes_are_one_line_and_status_2_and_can_be_mended(
     assert not (workdir / "report.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["model.variant=tnny"], "did you mean 'tiny'"),
+        (["model.exit_layers=(2, 7)"], "out of range: [7]"),
+        (["mesh.fsdp=1", "mesh.data=1", "mesh.tensor=8"], "does not divide these parameters"),
+        (["optim.frozen=('image/.*',)"], "matches no parameter"),
+        (["data.template=deevisun"], "did you mean 'deevisum'"),
+        (["initialization=elsewhere"], "is neither 'from_scratch' nor the folder of a run"),
+    ],
+)
+def test_mistakes_that_need_no_data_are_found_before_it_is_built(
+    command, tmp_path, capfd, flags, message
+):
+    flags = (f"data.data_dir={tmp_path / 'data'}", *flags)
+    status = command(tmp_path / "run", *(f"--config.{flag}" for flag in flags))
+    assert message in refused(capfd, status)
+    assert not (tmp_path / "data").exists()
+
+
 def test_a_data_folder_that_cannot_be_written(tmp_path, capfd):
     (tmp_path / "file").touch()
     flag = f"--config.data.data_dir={tmp_path / 'file' / 'below'}"
@@ -265,9 +329,10 @@ def test_a_data_folder_that_cannot_be_written(tmp_path, capfd):
 
 def test_a_run_of_another_config_is_left_alone(finished, command, capfd):
     before = contents(finished)
-    line = refused(capfd, command(finished, "--config.seed=1"))
-    assert "holds a run of another config" in line
-    assert "seed: 0 -> 1" in line
+    for mode in ("train", "evaluate"):
+        line = refused(capfd, command(finished, "--mode", mode, "--config.seed=1"))
+        assert "holds a run of another config" in line
+        assert "seed: 0 -> 1" in line
     assert contents(finished) == before
 
 
@@ -281,10 +346,14 @@ def test_folders_that_are_not_for_us(command, tmp_path, capfd):
     assert [path.name for path in tmp_path.rglob("*")] == ["theirs", "file"]
 
 
-def test_a_run_of_another_width_is_nothing_to_start_from(finished, command, tmp_path, capfd):
+def test_a_run_of_another_width_is_nothing_to_start_from(
+    finished, command, tmp_path, monkeypatch, capfd
+):
     before = contents(finished)
-    flags = (f"--config.initialization={finished}", "--config.model.variant=quickstart_student")
-    status = command(tmp_path / "run", *flags, "--config.model.exit_layers=(2, 6)")
+    wider = paligemma2.get_config("tiny", llm={"mlp_dim": 128})
+    monkeypatch.setitem(paligemma2.VARIANTS, "wider", wider)
+    flags = (f"--config.initialization={finished}", "--config.model.variant=wider")
+    status = command(tmp_path / "run", *flags)
     line = refused(capfd, status)
     assert "holds a model of another architecture" in line
     assert contents(finished) == before

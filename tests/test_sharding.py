@@ -95,7 +95,8 @@ def test_a_mesh_that_does_not_divide_names_all_offenders():
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"data": 3}, r"do not multiply to the number of devices, 8"),
+        ({"data": 3}, r"'data': 3, 'fsdp': -1, 'tensor': 1\} do not multiply to .* devices, 8"),
+        ({"tensor": 16}, r"'fsdp': -1, 'tensor': 16\} do not multiply"),
         ({"data": 2, "fsdp": 2, "tensor": 1}, r"do not multiply"),
         ({"data": -1, "fsdp": -1}, r"at most one may be -1"),
         ({"data": 0}, r"at least 1"),
@@ -108,6 +109,31 @@ def test_mesh_sizes_are_checked(sizes, message):
 
 def test_what_is_left_goes_to_fsdp():
     assert dict(sharding.make_mesh(tensor=2).shape) == {"data": 1, "fsdp": 4, "tensor": 2}
+
+
+@pytest.mark.parametrize(
+    ("count", "data", "fsdp"), [(1, 1, 1), (2, 1, 2), (5, 5, 1), (6, 1, 6), (7, 7, 1), (8, 1, 8)]
+)
+def test_parameters_are_split_over_as_many_devices_as_divide_them(count, data, fsdp):
+    shapes = abstract_params(get_config("paligemma2_3b"))
+    mesh = sharding.fitting_mesh(shapes, jax.devices()[:count])
+    assert dict(mesh.shape) == {"data": data, "fsdp": fsdp, "tensor": 1}
+
+
+def test_six_devices_hold_three_pairs_of_the_tiny_model():
+    shapes = abstract_params(get_config("tiny"))  # widths 16 and 32
+    mesh = sharding.fitting_mesh(shapes, jax.devices()[:6])
+    assert dict(mesh.shape) == {"data": 3, "fsdp": 2, "tensor": 1}
+
+
+def test_abstract_arrays_say_where_they_will_live():
+    shapes = abstract_params(CONFIG)
+    shardings = sharding.param_shardings(shapes, sharding.make_mesh())
+    made = sharding.abstract(shapes, shardings)
+    assert jax.tree.map(lambda leaf: leaf.sharding, made) == shardings
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), made) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), shapes
+    )
 
 
 def test_constrain_without_a_mesh_does_nothing():

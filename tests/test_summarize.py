@@ -17,14 +17,13 @@ import numpy as np
 import optax
 import pytest
 
-from deevisum_jax import checkpoints, experiment, summarize, train_step
+from deevisum_jax import checkpoints, experiment, sharding, summarize, train_step
 from deevisum_jax import config as config_lib
-from deevisum_jax.data import pipeline, prompts, tokenizer
 from deevisum_jax.data.segments import segment_bounds
 from deevisum_jax.data.video import decode_video
 from deevisum_jax.inference.scoring import SegmentScores
 from deevisum_jax.models import paligemma2
-from deevisum_jax.summary import render, report
+from deevisum_jax.summary import render, report, select
 from tests.media import solid_frames, stream_durations, write_video
 
 pytestmark = pytest.mark.usefixtures("compile_once")
@@ -41,11 +40,8 @@ def run(tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("run")
     config = config_lib.from_file(str(pathlib.Path(__file__).parent.parent / "configs" / "tiny.py"))
     experiment.claim_workdir(folder, config)
-    tokens = tokenizer.train_tokenizer(
-        pipeline.texts([], prompts.load_template()),
-        folder / experiment.TOKENIZER_FILE,
-        vocab_size=config.data.vocab_size,
-    )
+    template = experiment.make_template(config, folder)
+    tokens = experiment.make_tokenizer(config, folder, template, records=[])
     save_checkpoint(folder, config, experiment.model_config(config, tokens))
     return folder
 
@@ -195,7 +191,7 @@ def test_scores_choose_the_shots_they_lie_in(videos):
 
 
 def test_long_films_keep_to_the_budget_too(run, videos, tmp_path, monkeypatch):
-    monkeypatch.setattr(summarize, "_MAX_BUDGET_PARTS", 7)  # as coarse as in a film of years
+    monkeypatch.setattr(select, "_MAX_BUDGET_PARTS", 7)  # as coarse as in a film of years
     assert command(videos / "mute.mkv", run, tmp_path / "out", "--budget", "0.4") == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     native_times = decode_video(videos / "mute.mkv", size=(8, 8)).native_times
@@ -302,6 +298,12 @@ def test_words_beside_the_video_reach_the_report(run, videos, tmp_path):
     assert "Good evening" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_the_prompt_is_the_one_that_the_run_has_kept(run, tmp_path):
+    other = shutil.copytree(run, tmp_path / "other")
+    (other / "template.txt").write_text("{title} about {sound}")
+    assert summarize.Student(other).encoder.prompts.template.text == "{title} about {sound}"
+
+
 @pytest.fixture
 def broken_run(run, tmp_path):
     """A copy of the run to break."""
@@ -330,9 +332,10 @@ def with_other_model(folder):
 @pytest.mark.parametrize(
     ("damage", "messages"),
     [
-        (shutil.rmtree, ["lacks config.json, tokenizer.model, checkpoints", "--checkpoint"]),
+        (shutil.rmtree, ["lacks config.json, tokenizer.model, template.txt, checkpoints"]),
         (without("config.json"), ["it lacks config.json;"]),
         (without("tokenizer.model"), ["it lacks tokenizer.model;"]),
+        (without("template.txt"), ["it lacks template.txt;"]),
         (without("checkpoints"), ["it lacks checkpoints;"]),
         (with_no_step, ["no complete checkpoint"]),
         (lambda folder: (folder / "config.json").write_text("{"), ["not the config of a run"]),
@@ -434,30 +437,15 @@ def test_scores_do_not_depend_on_the_number_of_devices(run, videos, monkeypatch)
     found = []
     for count in (8, 3, 1):  # 8 segments, so 3 devices take a batch of 9
         devices = jax.devices()[:count]
-        mesh = functools.partial(summarize.scoring_mesh, devices=devices)
+        mesh = functools.partial(sharding.fitting_mesh, devices=devices)
         with monkeypatch.context() as patch:
-            patch.setattr(summarize, "scoring_mesh", mesh)
+            patch.setattr(sharding, "fitting_mesh", mesh)
             bounds, scores = summarize.Student(run).score(film.video)
         assert scores.importance.shape == (2, len(bounds)) == (2, 8)
         found.append(scores)
     for scores in found[1:]:
         np.testing.assert_allclose(scores.importance, found[0].importance, atol=1e-5)
         np.testing.assert_allclose(scores.summary_prob, found[0].summary_prob, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("count", "data", "fsdp"), [(1, 1, 1), (2, 1, 2), (5, 5, 1), (6, 1, 6), (7, 7, 1), (8, 1, 8)]
-)
-def test_parameters_are_split_over_as_many_devices_as_divide_them(count, data, fsdp):
-    shapes = paligemma2.abstract_params(paligemma2.get_config("paligemma2_3b"))
-    mesh = summarize.scoring_mesh(shapes, jax.devices()[:count])
-    assert dict(mesh.shape) == {"data": data, "fsdp": fsdp, "tensor": 1}
-
-
-def test_six_devices_hold_three_pairs_of_the_tiny_model():
-    shapes = paligemma2.abstract_params(paligemma2.get_config("tiny"))  # widths 16 and 32
-    mesh = summarize.scoring_mesh(shapes, jax.devices()[:6])
-    assert dict(mesh.shape) == {"data": 3, "fsdp": 2, "tensor": 1}
 
 
 def test_a_real_film(run, shared_data, tmp_path):

@@ -241,8 +241,10 @@ def test_a_record_becomes_a_video():
 def test_real_records_give_whole_rows(tiny_config, data_dir, tmp_path):
     config = tiny_config()
     records = datasets.Dataset("synthetic/tiny", str(data_dir)).split("validation")
-    tokens = experiment.make_tokenizer(config, tmp_path, records)
-    source = experiment.make_source(config, records, experiment.make_encoder(config, tokens, 28))
+    template = experiment.make_template(config, tmp_path)
+    tokens = experiment.make_tokenizer(config, tmp_path, template, records)
+    encoder = experiment.make_encoder(config, tokens, template, 28)
+    source = experiment.make_source(config, records, encoder)
     [batch] = in_order(source, batch_size=10)
     shapes = {name: (rows.shape[1:], rows.dtype) for name, rows in batch.items()}
     text = {name: ((48,), bool) for name in ("mask_ar", "mask_input", "mask_loss")}

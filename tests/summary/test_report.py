@@ -103,7 +103,8 @@ def test_video_page_tells_the_summary(tmp_path, keyframe):
     assert "<b>look" not in page.source
     assert "0:15.0 summary, of 2:00.0" in page.text
     assert "12.5 % of the video (budget 15 %)" in page.text
-    assert "10.5 layers per segment of 26, by the exits taken" in page.text  # 30 times 8, 30 times 13
+    # 30 segments leave after layer 8, 30 after 13.
+    assert "10.5 layers per segment of 26, by the exits taken" in page.text
     assert "left at layer 8 (50 %)" in page.text
     assert "the file ends early" in page.text
     outside = [link for link in page.links if not link.startswith("data:")]
