@@ -22,6 +22,7 @@ import ml_collections
 
 from deevisum_jax.errors import UserError, closest
 from deevisum_jax.files import write_whole
+from deevisum_jax.typing import INPUTS
 
 FROM_SCRATCH = "from_scratch"
 
@@ -80,7 +81,7 @@ class ModelConfig:
 class LossConfig:
     """Weights of the parts of the loss."""
 
-    token: float = 1.0  # cross-entropy of the label word
+    token: float = 1.0  # cross-entropy of the suffix: the label word, and a caption if there is one
     class_: float = 1.0  # cross-entropy of the exits' summary heads, weighted over exits
     score: float = 1.0  # cross-entropy of the exits' importance scores
     exit_weights: tuple[float, ...] | None = None  # one per exit, normalised; None = its depth
@@ -155,6 +156,9 @@ class Config:
             for name in names:
                 if values[name] is not None and not holds(values[name]):
                     raise UserError(f"{name}={values[name]} must be {wanted}")
+        for name in self.data.left_out:
+            if name not in INPUTS:
+                raise UserError(f"data.left_out names {name!r}; {closest(name, INPUTS)}")
         if not 0 <= self.optim.warmup_steps < self.total_steps:
             raise UserError(
                 f"optim.warmup_steps={self.optim.warmup_steps} is not at least 0 and below "

@@ -122,91 +122,77 @@ def early_exit_cost(
     }
 
 
-def report_json(
-    models: Mapping[str, Result],
-    baselines: Mapping[str, Result],
-    left_out: Mapping[str, Result],
-    cost: Mapping[str, Any],
-    *,
-    steps: int,
-) -> dict[str, Any]:
-    """The content of report.json. The headline is the deepest exit's, the full model's.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """All that is known of one student on one split."""
 
-    Args:
-      models: of `evaluate_exits`.
-      baselines: of `protocols.baseline_rows`.
-      left_out: results without one input, by input.
-      cost: of `early_exit_cost`.
-      steps: updates that the evaluated parameters have seen.
-    """
-    *exits, _ = models
-    model, early = models[exits[-1]], models["early_exit"]
+    exit_layers: tuple[int, ...]
+    models: Mapping[str, Result]  # of `evaluate_exits`
+    baselines: Mapping[str, Result]  # of `protocols.baseline_rows`
+    left_out: Mapping[str, Result]  # without one input, by input
+    cost: Mapping[str, Any]  # of `early_exit_cost`
+
+    @property
+    def headline(self) -> str:
+        """Row of the deepest exit, the full model's."""
+        return f"exit_{self.exit_layers[-1]}"
+
+
+def report_json(found: Evaluation, *, steps: int) -> dict[str, Any]:
+    """The content of report.json; `steps` are the updates that the parameters have seen."""
+    model, early = found.models[found.headline], found.models["early_exit"]
     numbers = lambda result: {name: getattr(result, name) for name in ("tau", "rho", "f1")}
     return {
         **numbers(model),
         "f1_early_exit": early.f1,
         "tau_early_exit": early.tau,
-        **cost,
+        **found.cost,
         # Here all exits are read off one full pass. Time is saved by running the model in stages.
         "wall_saved": None,
         "steps": steps,
         "protocols": dict(model.protocols),
-        "rows": {name: numbers(result) for name, result in {**models, **baselines}.items()},
-        "row_protocols": {name: row.protocols["row"] for name, row in baselines.items()},
-        "left_out": {name: numbers(result) for name, result in left_out.items()},
+        "rows": {
+            name: numbers(result) for name, result in {**found.models, **found.baselines}.items()
+        },
+        "row_protocols": {name: row.protocols["row"] for name, row in found.baselines.items()},
+        "left_out": {name: numbers(result) for name, result in found.left_out.items()},
         "per_video": {result.video_id: numbers(result) for result in model.per_video},
     }
 
 
 def report_page(
-    models: Mapping[str, Result],
-    baselines: Mapping[str, Result],
-    left_out: Mapping[str, Result],
-    cost: Mapping[str, Any],
-    *,
-    config: Config,
-    history: Sequence[Mapping[str, float]],
+    found: Evaluation, *, config: Config, history: Sequence[Mapping[str, float]]
 ) -> RunReport:
-    """The content of report.html; arguments as of `report_json`.
-
-    Args:
-      models: as there.
-      baselines: as there.
-      left_out: as there.
-      cost: as there.
-      config: shown at the end.
-      history: logged lines of metrics.jsonl.
-    """
-    *exits, _ = models
-    full = models[exits[-1]]
+    """The content of report.html; `history` are the logged lines of metrics.jsonl."""
+    full = found.models[found.headline]
     losses = {
         name: zip(*((line["step"], line[name]) for line in history if name in line), strict=True)
         for name in ("loss/total", "validation/tau")
     }
     return RunReport(
         title=f"{config.model.variant} on {config.data.dataset}",
-        models={exits[-1]: full, **models},  # the headline comes first
-        baselines=baselines,
+        models={found.headline: full, **found.models},  # the headline comes first
+        baselines=found.baselines,
         exits=[
             {
                 "layer": layer,
-                "tau": models[f"exit_{layer}"].tau,
-                "rho": models[f"exit_{layer}"].rho,
-                "F1": models[f"exit_{layer}"].f1,
-                "share that leaves here": cost["exit_rate"][str(layer)],
+                "tau": found.models[f"exit_{layer}"].tau,
+                "rho": found.models[f"exit_{layer}"].rho,
+                "F1": found.models[f"exit_{layer}"].f1,
+                "share that leaves here": found.cost["exit_rate"][str(layer)],
             }
-            for layer in config.model.exit_layers
+            for layer in found.exit_layers
         ],
         ablation=[
             {"left out": name, "tau": row.tau, "rho": row.rho, "F1": row.f1}
-            for name, row in {"nothing": full, **left_out}.items()
+            for name, row in {"nothing": full, **found.left_out}.items()
         ],
         losses={name: tuple(map(list, curve)) for name, curve in losses.items()},
         config=dataclasses.asdict(config),
         facts={
-            "layers run on average": f"{cost['avg_depth']:.2f} of {config.model.exit_layers[-1]}",
-            "FLOPs that leaving there would save": f"{100 * cost['compute_saved']:.1f} %",
-            "exit threshold": cost["exit_threshold"],
+            "layers run on average": f"{found.cost['avg_depth']:.2f} of {found.exit_layers[-1]}",
+            "FLOPs that leaving there would save": f"{100 * found.cost['compute_saved']:.1f} %",
+            "exit threshold": found.cost["exit_threshold"],
         },
         notes=[
             "Every row reads the same trained parameters: what is left out is withheld at "

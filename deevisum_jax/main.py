@@ -31,13 +31,13 @@ from deevisum_jax import (
 from deevisum_jax import config as config_lib
 from deevisum_jax.config import Config
 from deevisum_jax.data import pipeline
-from deevisum_jax.data.segments import INPUTS
 from deevisum_jax.errors import exits_on_user_error
 from deevisum_jax.files import write_whole
 from deevisum_jax.inference import scoring
 from deevisum_jax.models import paligemma2
 from deevisum_jax.summary import protocols, report
 from deevisum_jax.summary.protocols import VideoGroundTruth
+from deevisum_jax.typing import INPUTS
 
 _EXAMPLES = """\
 examples:
@@ -230,18 +230,19 @@ class Run:
             f1=config.eval.f1,
         )
         # ---- Report ----
-        parts = (
-            models,
-            baselines,
-            left_out,
-            evaluation.early_exit_cost(full, config, self.model_config),
+        found = evaluation.Evaluation(
+            exit_layers=self.model_config.exit_layers,
+            models=models,
+            baselines=baselines,
+            left_out=left_out,
+            cost=evaluation.early_exit_cost(full, config, self.model_config),
         )
-        result = evaluation.report_json(*parts, steps=step)
+        result = evaluation.report_json(found, steps=step)
         write_whole(self.workdir / "report.json", json.dumps(result, indent=2) + "\n")
         history = training_log.read_metrics(self.workdir / training_log.METRICS_FILE)
         report.write_run_report(
             self.workdir / "report.html",
-            evaluation.report_page(*parts, config=config, history=history),
+            evaluation.report_page(found, config=config, history=history),
         )
         print(evaluation.table(result))
 

@@ -115,8 +115,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--subtitles",
         metavar="FILE",
-        help="what is said in it, as .srt or .vtt (default: a file of the video's name beside it, "
-        "such as talk.srt or talk.en.vtt, else a text track inside, else none)",
+        help="what is said in it, as .srt or .vtt, or none (default: a file of the video's name "
+        "beside it, such as talk.srt or talk.en.vtt, else a text track inside, else none)",
     )
     add(
         "--budget",
@@ -217,12 +217,13 @@ def read_film(
       path: the file.
       size: height and width of the decoded pictures, pixels.
       title: what it is about; None takes the file's name.
-      subtitles_path: None looks beside and inside the file.
+      subtitles_path: None looks beside and inside the file, "none" takes none.
 
     Raises:
       UserError: the file holds no picture that decodes, or the subtitles are malformed.
     """
-    cues = subtitles.load_subtitles(path, subtitles_path)  # quick, so a mistake shows at once
+    # Quick, so a mistake shows at once.
+    cues = [] if subtitles_path == "none" else subtitles.load_subtitles(path, subtitles_path)
     decoded = decode_video(path, frame_rate=_FRAME_RATE, size=(size, size))
     waveform = audio.decode_audio(path)
     info, notes = decoded.info, list(decoded.info.notes)

@@ -16,6 +16,8 @@ import numpy as np
 
 Array = jax.Array | np.ndarray
 
+INPUTS = ("picture", "text", "sound")  # what a segment is judged by
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)

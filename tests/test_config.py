@@ -115,6 +115,10 @@ def test_values_are_converted_to_the_declared_types():
         ({"eval": {"budget": 0.0}}, r"eval\.budget=0.0 must be above 0 and at most 1"),
         ({"eval": {"exit_threshold": 0.3}}, r"exit_threshold=0.3 is not within \[0.5, 1\]"),
         ({"eval": {"f1": "mean"}}, r"eval\.f1='mean'; "),
+        (
+            {"data": {"dataset": "a/b", "left_out": ("sounds",)}},
+            r"data\.left_out names 'sounds'; did you mean 'sound'",
+        ),
         ({"eval": {"test_split": "train"}}, "must not be the split trained on"),
         (
             {"optim": {"learning_rate": 1.0, "warmup_steps": 10}},

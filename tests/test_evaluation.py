@@ -77,26 +77,27 @@ def test_never_leaving_early_saves_nothing(tiny_config):
 
 
 @pytest.fixture
-def parts(config):
+def found(config):
     models = evaluation.evaluate_exits(TRUTHS, PREDICTION, config, MODEL)
     train = [truth("c", [1, 2, 3, 4])]
-    return (
-        models,
-        protocols.baseline_rows(train, TRUTHS, seed=0, budget=0.25),
-        {"sound": models["exit_2"]},
-        evaluation.early_exit_cost(PREDICTION, config, MODEL),
+    return evaluation.Evaluation(
+        exit_layers=MODEL.exit_layers,
+        models=models,
+        baselines=protocols.baseline_rows(train, TRUTHS, seed=0, budget=0.25),
+        left_out={"sound": models["exit_2"]},
+        cost=evaluation.early_exit_cost(PREDICTION, config, MODEL),
     )
 
 
-def test_the_report_holds_what_the_contract_names(parts):
-    report = evaluation.report_json(*parts, steps=7)
+def test_the_report_holds_what_the_contract_names(found):
+    report = evaluation.report_json(found, steps=7)
     for name in (
         "f1", "tau", "rho", "f1_early_exit", "tau_early_exit", "avg_depth", "compute_saved",
         "wall_saved",
     ):  # fmt: skip
         assert name in report
     assert (report["tau"], report["f1"], report["steps"]) == (1.0, 1.0, 7)
-    assert report["tau_early_exit"] == parts[0]["early_exit"].tau
+    assert report["tau_early_exit"] == found.models["early_exit"].tau
     assert set(report["protocols"]) >= {"tau", "rho", "f1"}
     assert list(report["rows"]) == [
         "exit_2", "exit_4", "early_exit", "random", "constant", "time", "human", "oracle",
@@ -107,17 +108,17 @@ def test_the_report_holds_what_the_contract_names(parts):
     assert json.loads(json.dumps(report, allow_nan=False)) == report
 
 
-def test_the_table_has_a_line_per_row(parts):
-    lines = evaluation.table(evaluation.report_json(*parts, steps=7)).splitlines()
+def test_the_table_has_a_line_per_row(found):
+    lines = evaluation.table(evaluation.report_json(found, steps=7)).splitlines()
     assert lines[0].split() == ["row", "tau", "rho", "F1"]
     assert lines[2].split() == ["exit_4", "1.000", "1.000", "100.0"]
     assert any(line.startswith("without sound") for line in lines)
     assert lines[-1].startswith("early exit at 0.9: 3.00 layers on average")
 
 
-def test_the_page_shows_the_same_rows(parts, config):
+def test_the_page_shows_the_same_rows(found, config):
     history = [{"step": 1, "loss/total": 2.0}, {"step": 1, "validation/tau": 0.5}]
-    page = evaluation.report_page(*parts, config=config, history=history)
+    page = evaluation.report_page(found, config=config, history=history)
     assert list(page.models) == ["exit_4", "exit_2", "early_exit"]  # the headline first
     assert [row["layer"] for row in page.exits] == [2, 4]
     assert page.exits[1]["tau"] == 1.0

@@ -298,6 +298,15 @@ def test_words_beside_the_video_reach_the_report(run, videos, tmp_path):
     assert "Good evening" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_broken_words_beside_the_video_can_be_declined(run, videos, tmp_path, capsys):
+    shutil.copy(videos / "mute.mkv", tmp_path / "talk.mkv")
+    (tmp_path / "talk.srt").write_text("1\nsoon --> later\nGood evening\n")
+    assert command(tmp_path / "talk.mkv", run, tmp_path / "out") == 2
+    assert "talk.srt" in capsys.readouterr().err
+    assert command(tmp_path / "talk.mkv", run, tmp_path / "out", "--subtitles", "none") == 0
+    assert "Good evening" not in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_the_prompt_is_the_one_that_the_run_has_kept(run, tmp_path):
     other = shutil.copytree(run, tmp_path / "other")
     (other / "template.txt").write_text("{title} about {sound}")

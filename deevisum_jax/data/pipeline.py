@@ -143,11 +143,7 @@ class SegmentSource:
         }
 
     def without(self, *inputs: str) -> SegmentSource:
-        """The same segments with some of `segments.INPUTS` withheld; decoded videos are shared.
-
-        Raises:
-          UserError: an input of another name.
-        """
+        """The same segments with some of `typing.INPUTS` withheld; decoded videos are shared."""
         other = copy.copy(self)
         left_out = tuple(dict.fromkeys((*self._encoder.left_out, *inputs)))
         other._encoder = dataclasses.replace(self._encoder, left_out=left_out)

@@ -15,12 +15,10 @@ import PIL.Image
 
 from deevisum_jax.data import audio, subtitles
 from deevisum_jax.data.prompts import PromptEncoder
-from deevisum_jax.errors import UserError, closest
+from deevisum_jax.typing import INPUTS
 
-INPUTS = ("picture", "text", "sound")
-_GRAY = (
-    127  # stands for a picture that is left out; close to 0 after the model's scaling to [-1, 1]
-)
+# Stands for a picture that is left out; close to 0 after the model's scaling to [-1, 1].
+_GRAY = 127
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,9 +55,7 @@ class SegmentEncoder:
     left_out: tuple[str, ...] = ()  # inputs withheld, of `INPUTS`: for ablations
 
     def __post_init__(self) -> None:
-        for name in self.left_out:
-            if name not in INPUTS:
-                raise UserError(f"data.left_out names {name!r}; {closest(name, INPUTS)}")
+        assert set(self.left_out) <= set(INPUTS), self.left_out
 
     def frames(self, video: Video, start_s: float, end_s: float) -> np.ndarray:
         """`uint8[I, H, W, 3]`: the stored frames nearest to I evenly spaced instants."""

@@ -11,7 +11,6 @@ from deevisum_jax.data.prompts import PromptEncoder, PromptTemplate
 from deevisum_jax.data.segments import SegmentEncoder, Video, segment_bounds
 from deevisum_jax.data.subtitles import Cue
 from deevisum_jax.data.tokenizer import train_tokenizer
-from deevisum_jax.errors import UserError
 
 SIZE = 8
 RATE = audio.SAMPLE_RATE
@@ -134,8 +133,3 @@ def test_inputs_can_be_left_out(make_encoder):
     assert (make_encoder(left_out=("picture",)).frames(video(), 0, 2) == 127).all()
     assert said(make_encoder(left_out=("text",)), video(), 0, 2) == "||silent\nno"
     assert said(make_encoder(left_out=("sound",)), video(), 0, 2) == "the ball|hello|\nno"
-
-
-def test_an_unknown_input_is_named(make_encoder):
-    with pytest.raises(UserError, match=r"data\.left_out names 'pictures'; did you mean 'picture'"):
-        make_encoder(left_out=("pictures",))
