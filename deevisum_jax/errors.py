@@ -11,6 +11,7 @@ from typing import ParamSpec
 P = ParamSpec("P")
 
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT
 
 
 class UserError(ValueError):
@@ -26,8 +27,11 @@ def closest(name: str, choices: Iterable[str]) -> str:
     return f"choose one of {', '.join(choices)}"
 
 
-def exits_on_user_error(main: Callable[P, int]) -> Callable[P, int]:
-    """Wraps a command's `main`: a `UserError` becomes one line on stderr and exit status 2."""
+def exits_cleanly(main: Callable[P, int]) -> Callable[P, int]:
+    """Wraps a command's `main`: what a person did ends in one line on stderr, not in a traceback.
+
+    Exit status 2 for a `UserError`, 130 for Ctrl-C as shells have it.
+    """
 
     @functools.wraps(main)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> int:
@@ -36,5 +40,8 @@ def exits_on_user_error(main: Callable[P, int]) -> Callable[P, int]:
         except UserError as error:
             print("error:", *map(str.strip, str(error).splitlines()), file=sys.stderr)
             return EXIT_USER_ERROR
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return EXIT_INTERRUPTED
 
     return wrapped

@@ -31,7 +31,7 @@ from deevisum_jax import (
 from deevisum_jax import config as config_lib
 from deevisum_jax.config import Config
 from deevisum_jax.data import pipeline
-from deevisum_jax.errors import exits_on_user_error
+from deevisum_jax.errors import exits_cleanly
 from deevisum_jax.files import write_whole
 from deevisum_jax.inference import scoring
 from deevisum_jax.models import paligemma2
@@ -54,11 +54,12 @@ what DIR gets:
   checkpoints/    to resume from, and the best by validation tau
   config.json, tokenizer.model, template.txt   what the checkpoints need to be used
 
-Exit status: 0 done, 2 a mistake in what was given (one line says which, and the next step).
+Exit status: 0 done, 2 a mistake in what was given (one line says which, and the next step),
+130 interrupted.
 """
 
 
-@exits_on_user_error
+@exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     args, config = parse(argv)

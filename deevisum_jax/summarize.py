@@ -23,7 +23,7 @@ from deevisum_jax import config as config_lib
 from deevisum_jax.data import audio, pipeline, prompts, subtitles, tokenizer
 from deevisum_jax.data.segments import Video, segment_bounds
 from deevisum_jax.data.video import DecodedVideo, decode_video
-from deevisum_jax.errors import UserError, exits_on_user_error
+from deevisum_jax.errors import UserError, exits_cleanly
 from deevisum_jax.files import write_whole
 from deevisum_jax.inference import scoring
 from deevisum_jax.models import paligemma2
@@ -44,11 +44,12 @@ what DIR gets, all of it or nothing:
   summary.json   the score and the exit of every segment, every shot and whether it was chosen
   keyframes/     one still of each chosen shot
 
-Exit status: 0 done, 2 a mistake in what was given (one line says which, and the next step).
+Exit status: 0 done, 2 a mistake in what was given (one line says which, and the next step),
+130 interrupted.
 """
 
 
-@exits_on_user_error
+@exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     args = parse(argv)

@@ -17,7 +17,7 @@ def test_closest_lists_all_choices_when_none_is_near():
 
 
 def test_a_user_error_becomes_one_line_and_status_2(capsys):
-    @errors.exits_on_user_error
+    @errors.exits_cleanly
     def command(argv: list[str]) -> int:
         """What it does."""
         raise UserError(f"{argv[0]} is wrong; these are right:\n  this\n  that")
@@ -29,7 +29,16 @@ def test_a_user_error_becomes_one_line_and_status_2(capsys):
     assert command.__doc__ == "What it does."
 
 
+def test_an_interrupt_is_no_traceback(capsys):
+    @errors.exits_cleanly
+    def command() -> int:
+        raise KeyboardInterrupt
+
+    assert command() == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def test_success_and_errors_of_ours_pass_through():
-    assert errors.exits_on_user_error(lambda: 0)() == 0
+    assert errors.exits_cleanly(lambda: 0)() == 0
     with pytest.raises(ZeroDivisionError):
-        errors.exits_on_user_error(lambda: 1 // 0)()
+        errors.exits_cleanly(lambda: 1 // 0)()
