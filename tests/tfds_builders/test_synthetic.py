@@ -327,6 +327,18 @@ def test_written_sound_is_heard_at_its_time(written):
     assert min(lag, 2 * n - lag) <= 16  # samples: 1 ms
 
 
+def test_what_a_sound_is_called_survives_its_encoding(written):
+    drawn, path = written
+    made, heard = sound.waveform(drawn), audio.decode_audio(path)
+    step = round(scenario.POINT_S * sound.SAMPLE_RATE)
+    words = [
+        [audio.describe(track[k * step : (k + 1) * step]) for k in range(drawn.num_points)]
+        for track in (made, heard)
+    ]
+    assert "loud, many onsets" in words[0]
+    assert words[0] == words[1]
+
+
 def test_shots_of_a_written_video_are_its_cuts(written):
     drawn, path = written
     record = produce.read_back(drawn, path, frame_rate=2.0, frame_size=96)
