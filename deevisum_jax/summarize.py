@@ -59,7 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A file that is no video is better known before gigabytes of parameters are read.
         with media.open_media(args.video) as container:
             media.video_stream(container, args.video)
+        _say(f"loading {args.checkpoint}")
         student = Student(args.checkpoint)
+        _say(f"decoding {args.video}")
         film = read_film(
             args.video,
             size=student.model_config.img.image_size,
@@ -69,7 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         threshold = student.config.eval.exit_threshold
         if args.exit_threshold is not _THE_RUNS:
             threshold = args.exit_threshold
+        _say(f"scoring {film.video.duration_s:.0f} s of video")
         summary = summarize(film, student, budget=args.budget, threshold=threshold)
+        _say(f"writing {args.out}")
         with _writing(args.out):
             write_outputs(film, summary, folder, num_layers=student.model_config.llm.depth)
     for note in film.notes:
@@ -80,6 +84,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"in {taken} {'shot' if taken == 1 else 'shots'}; look at {args.out / 'report.html'}"
     )
     return 0
+
+
+def _say(what: str) -> None:
+    """Tells a person who watches what takes its time now; a log needs only the outcome."""
+    if sys.stderr.isatty():
+        print(f"{what} …", file=sys.stderr)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
