@@ -188,8 +188,8 @@ class Checkpoints:
             if stored.get(path) != wanted.get(path)
         ]
         if differing:
-            shown = "\n  ".join(differing[:5] + ["..."] * (len(differing) > 5))
+            shown = "; ".join(differing[:5] + ["..."] * (len(differing) > 5))
             raise UserError(
                 f"{self._folder} holds a model of another architecture ({len(differing)} of "
-                f"{len(wanted)} parameters differ); use the config it was trained with:\n  {shown}"
+                f"{len(wanted)} parameters differ); use the config it was trained with: {shown}"
             )

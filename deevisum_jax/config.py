@@ -219,7 +219,8 @@ def from_file(path: str, overrides: Sequence[str] = ()) -> Config:
       UserError: the file cannot be run, or as `from_config_dict`.
     """
     if not pathlib.Path(path).is_file():
-        raise UserError(f"config file {path} does not exist; the ones at hand are in configs/")
+        what = "is a folder" if pathlib.Path(path).is_dir() else "does not exist"
+        raise UserError(f"config file {path} {what}; give a file such as configs/quickstart.py")
     try:
         values = runpy.run_path(path)["get_config"]().to_dict()
     except Exception as error:  # whatever the user's file does wrong

@@ -27,10 +27,14 @@ class Dataset:
         try:
             self._builder = records.build(BUILDERS[family], folder, config)
         except OSError as error:
-            raise UserError(
-                f"data set {name} cannot be built in data.data_dir={data_dir} ({error}); give a "
-                "folder that can be written"
-            ) from None
+            # Another run may have built the same in the meantime; then it is only opened.
+            try:
+                self._builder = records.build(BUILDERS[family], folder, config)
+            except OSError:
+                raise UserError(
+                    f"data set {name} cannot be built in data.data_dir={data_dir} ({error}); give "
+                    "a folder that can be written"
+                ) from None
 
     def split(self, name: str) -> records.Records:
         """The records of a split, pictures as JPEG bytes.

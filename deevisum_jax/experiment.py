@@ -34,7 +34,8 @@ def missing_parts(run: pathlib.Path) -> list[str]:
 
 def has_checkpoint(workdir: pathlib.Path) -> bool:
     """Whether training has come to something that belongs to its config."""
-    return any((workdir / CHECKPOINT_FOLDER).glob("[0-9]*"))
+    # Orbax writes a step under a longer name until it is whole.
+    return any(path.name.isdigit() for path in (workdir / CHECKPOINT_FOLDER).glob("*"))
 
 
 def claim_workdir(workdir: pathlib.Path, config: Config) -> None:
@@ -143,6 +144,16 @@ def make_template(config: Config, workdir: pathlib.Path) -> PromptTemplate:
     return template
 
 
+def given_tokenizer(config: Config, workdir: pathlib.Path) -> Tokenizer | None:
+    """The tokenizer that the run has or is to take over; None if it is yet to be trained."""
+    kept = workdir / TOKENIZER_FILE
+    if kept.exists():
+        return tokenizer.load_tokenizer(kept)
+    start = initial_run(config)  # the embeddings to start from belong to that run's pieces
+    path = start / TOKENIZER_FILE if start else config.data.tokenizer
+    return tokenizer.load_tokenizer(path) if path else None
+
+
 def make_tokenizer(
     config: Config,
     workdir: pathlib.Path,
@@ -151,15 +162,12 @@ def make_tokenizer(
 ) -> Tokenizer:
     """The run's tokenizer; kept in `workdir` as the template is."""
     kept = workdir / TOKENIZER_FILE
-    if kept.exists():
-        return tokenizer.load_tokenizer(kept)
-    start = initial_run(config)  # the embeddings to start from belong to that run's pieces
-    given = start / TOKENIZER_FILE if start else config.data.tokenizer
-    if given:
-        return tokenizer.save_tokenizer(tokenizer.load_tokenizer(given), kept)
-    return tokenizer.train_tokenizer(
-        pipeline.texts(records, template), kept, vocab_size=config.data.vocab_size
-    )
+    given = given_tokenizer(config, workdir)
+    if given is None:
+        return tokenizer.train_tokenizer(
+            pipeline.texts(records, template), kept, vocab_size=config.data.vocab_size
+        )
+    return given if kept.exists() else tokenizer.save_tokenizer(given, kept)
 
 
 def model_config(config: Config, tokens: Tokenizer | None = None) -> paligemma2.PaliGemma2Config:

@@ -105,7 +105,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Config]:
     args, rest = parser.parse_known_args(argv)
     unknown = [flag for flag in rest if not flag.startswith("--config.")]
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        advice = "; write overrides as --config.FIELD=VALUE" if len(unknown) < len(rest) else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{advice}")
     overrides = [flag.removeprefix("--config.") for flag in rest]
     return args, config_lib.from_file(args.config, overrides)
 
@@ -120,12 +121,15 @@ class Run:
         microbatch = config.batch_size // config.optim.accumulate_steps
         sharding.check_batch("batch_size / optim.accumulate_steps", microbatch, self.mesh)
         sharding.check_batch("eval.batch_size", config.eval.batch_size, self.mesh)
-        shapes = paligemma2.abstract_params(experiment.model_config(config))
+        early_config = experiment.model_config(config)
+        shapes = paligemma2.abstract_params(early_config)
         sharding.validate(shapes, self.mesh)
         optim.split_frozen(shapes, config.optim.frozen)
         if not experiment.has_checkpoint(workdir):
             experiment.initial_run(config)
         template = experiment.make_template(config, workdir)
+        if given := experiment.given_tokenizer(config, workdir):
+            experiment.make_encoder(config, given, template, early_config.img.image_size)
 
         # ---- Data: records, tokenizer, segments ----
         self.dataset = datasets.Dataset(config.data.dataset, config.data.data_dir)

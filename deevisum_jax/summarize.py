@@ -11,6 +11,7 @@ import math
 import pathlib
 import shutil
 import sys
+import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -31,6 +32,8 @@ from deevisum_jax.summary import render, report, select, shots
 
 _FRAME_RATE = 2.0  # frames per second looked at, the rate of the stored data sets
 _MIN_SUMMARY_S = 0.5  # below this there is nothing to watch
+_LARGE_BUDGET = 1 / 3  # from here on a summary is most of the film
+_UNFINISHED = ".partial"
 _THE_RUNS = object()  # stands for the run's own exit threshold; None is "off"
 _EXAMPLES = """\
 examples:
@@ -80,8 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"note: {note}")
     taken = sum(shot["selected"] for shot in summary["shots"])
     print(
-        f"{args.out}: {summary['selected_s']:.1f} s of {summary['duration_s']:.1f} s "
-        f"in {taken} {'shot' if taken == 1 else 'shots'}; look at {args.out / 'report.html'}"
+        f"{_printable(str(args.out))}: {summary['selected_s']:.1f} s of "
+        f"{summary['duration_s']:.1f} s in {taken} {'shot' if taken == 1 else 'shots'}; look at "
+        f"{_printable(str(args.out / 'report.html'))}"
     )
     return 0
 
@@ -103,7 +107,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("video", metavar="VIDEO", help="mp4, mkv, webm, avi: what FFmpeg decodes")
+    add(
+        "video",
+        metavar="VIDEO",
+        help="mp4, mkv, webm, avi: what FFmpeg decodes (./-x.mp4 for -x.mp4)",
+    )
     add(
         "--checkpoint",
         required=True,
@@ -251,7 +259,7 @@ def read_film(
             "H.264 needs even sizes"
         )
     video = Video(
-        title=title if title is not None else pathlib.Path(path).stem.replace("_", " "),
+        title=_printable(title if title is not None else pathlib.Path(path).stem.replace("_", " ")),
         duration_s=info.duration_s,
         frames=decoded.frames,
         frame_times=decoded.frame_times,
@@ -283,7 +291,7 @@ def summarize(
         raise UserError(
             f"{film.path} is {duration_s:.2f} s long, so a summary of {100 * budget:g} % would "
             f"last {budget_s:.2f} s, under {_MIN_SUMMARY_S} s; raise --budget to "
-            f"{_share(_MIN_SUMMARY_S, duration_s)}"
+            + "; ".join((_share(_MIN_SUMMARY_S, duration_s), *film.notes))
         )
     # ---- Segments: scores and exits ----
     bounds, scores = student.score(film.video)
@@ -291,13 +299,17 @@ def summarize(
     exits = last if threshold is None else scoring.exit_index(scores.summary_prob, threshold)
     segment_scores = scoring.at_exit(scores, exits)
     # ---- Shots: found on the pictures, valued by the segments they lie in ----
+    max_shot_s = shots.shot_limit_s(duration_s, budget)
+    if budget > _LARGE_BUDGET:
+        # Of two shots of 3 s, 5 s can only hold one: what is to be filled needs small parts.
+        max_shot_s = min(max_shot_s, max(1.0, duration_s / 10))
     native = film.decoded
     found = shots.detect_shots(
         native.frames,
         native.frame_times,
         native_times=native.native_times,
         change=native.change,
-        max_shot_s=shots.shot_limit_s(duration_s, budget),
+        max_shot_s=max_shot_s,
         duration_s=duration_s,
     )
     frame_scores = segment_scores[np.searchsorted(bounds[1:, 0], native.native_times, "right")]
@@ -311,7 +323,7 @@ def summarize(
         raise UserError(
             f"the pictures of {film.path} stay on screen for {too_long.min():.2f} s and more, "
             f"longer than a summary of {100 * budget:g} % ({budget_s:.2f} s); raise --budget to "
-            f"{_share(too_long.min(), duration_s)}"
+            + "; ".join((_share(too_long.min(), duration_s), *film.notes))
         )
     kept = [(shot.start_s, shot.end_s) for shot, taken in zip(found, chosen, strict=True) if taken]
     inside = [
@@ -319,7 +331,7 @@ def summarize(
         for start, end in bounds
     ]
     return {
-        "video": film.path,
+        "video": _printable(film.path),
         "title": film.video.title,
         "duration_s": duration_s,
         "budget": budget,
@@ -348,6 +360,11 @@ def summarize(
         "selected_s": float(sum(end - start for start, end in kept)),
         "notes": list(film.notes),
     }
+
+
+def _printable(text: str) -> str:
+    """What can be tokenized, printed and written: file names may hold bytes that are no text."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _share(length_s: float, duration_s: float) -> str:
@@ -394,15 +411,17 @@ def _whole_folder(out: pathlib.Path) -> Iterator[pathlib.Path]:
         home = target
         while not home.exists():
             home = home.parent
-        unfinished = home / (".partial" if home == target else f".{target.name}.partial")
-        if home == target and (not out.is_dir() or set(target.iterdir()) - {unfinished}):
+        if home == target and not _is_empty(target):
             raise UserError(f"{out} exists and is not an empty folder; give --out a new one")
-        shutil.rmtree(unfinished, ignore_errors=True)  # left behind by a run that was killed
+        # A name of its own: other runs may be at work in the same place.
+        unfinished = home / f".{target.name}.{uuid.uuid4().hex[:8]}{_UNFINISHED}"
         unfinished.mkdir()
     try:
         yield unfinished
         with _writing(out):
             if home == target:
+                if not _is_empty(target):
+                    raise UserError(f"{out} was filled in the meantime; give --out a new folder")
                 for made in unfinished.iterdir():
                     made.rename(target / made.name)
             else:
@@ -410,6 +429,11 @@ def _whole_folder(out: pathlib.Path) -> Iterator[pathlib.Path]:
                 unfinished.rename(target)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _is_empty(folder: pathlib.Path) -> bool:
+    """Whether nothing is in it but unfinished work, of others or of a run that was killed."""
+    return folder.is_dir() and all(path.name.endswith(_UNFINISHED) for path in folder.iterdir())
 
 
 @contextlib.contextmanager

@@ -74,8 +74,9 @@ class TrainingLog:
         if broken:
             raise UserError(
                 f"{', '.join(broken)} not finite at step {step}, after step {self._last_step}, "
-                "which was sound; lower optim.learning_rate or optim.clip_norm, the newest "
-                "checkpoint is untouched"
+                "which was sound; start again in a new --workdir with a lower "
+                "optim.learning_rate or optim.clip_norm, from this run's best checkpoint with "
+                "--config.initialization if it has one"
             )
         now = time.monotonic()
         examples_per_s = (step - self._last_step) * self._batch_size / (now - self._last_time)

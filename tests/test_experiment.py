@@ -258,3 +258,10 @@ def test_the_encoder_follows_the_config(tmp_path, tiny_config, records):
     assert encoder.prompts.text_len == 48
     source = experiment.make_source(dataclasses.replace(config, seed=1), records, encoder)
     assert len(source) == 17  # 4 + 5 + 4 + 4 segments of two seconds
+
+
+def test_a_checkpoint_that_is_not_whole_does_not_count(tmp_path):
+    (tmp_path / "checkpoints" / "250.orbax-checkpoint-tmp").mkdir(parents=True)
+    assert not experiment.has_checkpoint(tmp_path)
+    (tmp_path / "checkpoints" / "250").mkdir()
+    assert experiment.has_checkpoint(tmp_path)

@@ -304,6 +304,7 @@ def test_mistakes_are_one_line_and_status_2_and_can_be_mended(
         (["mesh.fsdp=1", "mesh.data=1", "mesh.tensor=8"], "does not divide these parameters"),
         (["optim.frozen=('image/.*',)"], "matches no parameter"),
         (["data.template=deevisun"], "did you mean 'deevisum'"),
+        (["data.tokenizer=absent.model"], "tokenizer absent.model is not a file"),
         (["initialization=elsewhere"], "is neither 'from_scratch' nor the folder of a run"),
     ],
 )
@@ -380,6 +381,6 @@ def test_from_the_shell(tmp_path):
     assert shell.returncode == 2
     assert shell.stdout == ""
     assert shell.stderr == (
-        "error: config file missing.py does not exist; the ones at hand are in configs/\n"
+        "error: config file missing.py does not exist; give a file such as configs/quickstart.py\n"
     )
     assert not list(tmp_path.iterdir())

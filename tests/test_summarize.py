@@ -6,6 +6,7 @@ import errno
 import functools
 import itertools
 import json
+import os
 import pathlib
 import shutil
 import types
@@ -21,6 +22,7 @@ from deevisum_jax import checkpoints, experiment, sharding, summarize, train_ste
 from deevisum_jax import config as config_lib
 from deevisum_jax.data.segments import segment_bounds
 from deevisum_jax.data.video import decode_video
+from deevisum_jax.errors import UserError
 from deevisum_jax.inference.scoring import SegmentScores
 from deevisum_jax.models import paligemma2
 from deevisum_jax.summary import render, report, select
@@ -402,14 +404,65 @@ def test_out_must_be_a_new_or_an_empty_folder(run, videos, tmp_path, capsys):
 def test_an_empty_folder_is_filled_in_place(run, videos, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    (out / ".partial").mkdir()  # of a run that was killed
-    (out / ".partial" / "summary.json").write_text("half")
+    left = out / ".out.0123abcd.partial"  # of a run that was killed, or one that is at work
+    left.mkdir()
+    (left / "summary.json").write_text("half")
     inode = out.stat().st_ino  # a mounted folder cannot be renamed over
     (tmp_path / "link").symlink_to(out)
     assert command(videos / "mute.mkv", run, tmp_path / "link") == 0
     assert out.stat().st_ino == inode
     names = ["keyframes", "report.html", "summary.json", "summary.mp4"]
-    assert sorted(path.name for path in out.iterdir()) == names
+    assert sorted(path.name for path in out.iterdir()) == [left.name, *names]
+    assert (left / "summary.json").read_text() == "half"
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_two_runs_side_by_side_keep_to_themselves(tmp_path, exists):
+    """`--out res/a/summary` and `--out res/b/summary` both grow in res/ when a and b are new."""
+    outs = [tmp_path / name / "summary" for name in "ab"]
+    if exists:
+        for out in outs:
+            out.mkdir(parents=True)
+    with summarize._whole_folder(outs[0]) as first:
+        (first / "summary.json").write_text("a")
+        with summarize._whole_folder(outs[1]) as second:
+            (second / "summary.json").write_text("b")
+    assert [(out / "summary.json").read_text() for out in outs] == ["a", "b"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_of_two_runs_into_one_folder_the_later_is_refused(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    later = summarize._whole_folder(out)
+    (later.__enter__() / "summary.json").write_text("later")
+    with summarize._whole_folder(out) as first:
+        (first / "summary.json").write_text("first")
+    with pytest.raises(UserError, match="was filled in the meantime"):
+        later.__exit__(None, None, None)
+    assert [path.read_text() for path in out.iterdir()] == ["first"]
+
+
+def test_a_name_that_is_no_text_is_shown_with_question_marks(run, videos, tmp_path, capsys):
+    video = os.fsdecode(bytes(tmp_path) + b"/caf\xe9.mkv")
+    shutil.copy(videos / "mute.mkv", video)
+    assert command(video, run, tmp_path / "out") == 0
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["title"] == "caf?"
+    assert "caf?" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_refusal_tells_what_is_wrong_with_the_file(run, videos, tmp_path, capsys):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    status = command(videos / "truncated.mp4", run, folder / "out", "--budget", "0.02")
+    assert "the file ends early" in refused(capsys, folder, status)
+
+
+@pytest.mark.parametrize("budget", [0.5, 0.9])
+def test_a_large_budget_is_used(run, videos, tmp_path, budget):
+    assert command(videos / "mute.mkv", run, tmp_path / "out", "--budget", str(budget)) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["selected_s"] > 0.85 * budget * summary["duration_s"]
 
 
 @pytest.mark.parametrize("module", [render, report])

@@ -123,7 +123,7 @@ class PromptEncoder:
 
         Args:
           title: the video's title.
-          transcript: what is said in and around the segment.
+          transcript: what is said in the segment.
           sound: what the sound is like, in words.
           label: 0 or 1, the target.
           caption: what is seen and heard, told after the label.

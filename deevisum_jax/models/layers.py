@@ -113,7 +113,7 @@ def remat(body, policy: str | None):
 def check_remat_policy(policy: str | None) -> None:
     if policy is not None and policy not in REMAT_POLICIES:
         raise UserError(
-            f"remat_policy {policy!r} is unknown: {closest(policy, REMAT_POLICIES)} "
+            f"remat_policy {policy!r} is unknown: {closest(policy, REMAT_POLICIES)}; "
             "None means no rematerialisation"
         )
 
