@@ -13,6 +13,8 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_force_host_platform_device_count=8"
     # What is compiled here runs for milliseconds, so code is better had soon than fast.
     + " --xla_backend_optimization_level=0"
+    # On a loaded machine one of eight devices may keep the others waiting for long.
+    + " --xla_cpu_collective_call_terminate_timeout_seconds=600"
 ).strip()
 
 import jax
