@@ -190,7 +190,9 @@ def report_page(
         losses={name: tuple(map(list, curve)) for name, curve in losses.items()},
         config=dataclasses.asdict(config),
         facts={
-            "layers up to the exits taken, on average": f"{found.cost['avg_depth']:.2f} of {found.exit_layers[-1]}",
+            "layers up to the exits taken": (
+                f"{found.cost['avg_depth']:.2f} of {found.exit_layers[-1]} on average"
+            ),
             "FLOPs that leaving there would save": f"{100 * found.cost['compute_saved']:.1f} %",
             "exit threshold": found.cost["exit_threshold"],
         },
