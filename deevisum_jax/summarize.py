@@ -32,7 +32,6 @@ from deevisum_jax.summary import render, report, select, shots
 
 _FRAME_RATE = 2.0  # frames per second looked at, the rate of the stored data sets
 _MIN_SUMMARY_S = 0.5  # below this there is nothing to watch
-_LARGE_BUDGET = 1 / 3  # from here on a summary is most of the film
 _UNFINISHED = ".partial"
 _THE_RUNS = object()  # stands for the run's own exit threshold; None is "off"
 _EXAMPLES = """\
@@ -299,17 +298,13 @@ def summarize(
     exits = last if threshold is None else scoring.exit_index(scores.summary_prob, threshold)
     segment_scores = scoring.at_exit(scores, exits)
     # ---- Shots: found on the pictures, valued by the segments they lie in ----
-    max_shot_s = shots.shot_limit_s(duration_s, budget)
-    if budget > _LARGE_BUDGET:
-        # Of two shots of 3 s, 5 s can only hold one: what is to be filled needs small parts.
-        max_shot_s = min(max_shot_s, max(1.0, duration_s / 10))
     native = film.decoded
     found = shots.detect_shots(
         native.frames,
         native.frame_times,
         native_times=native.native_times,
         change=native.change,
-        max_shot_s=max_shot_s,
+        max_shot_s=shots.shot_limit_s(duration_s, budget),
         duration_s=duration_s,
     )
     frame_scores = segment_scores[np.searchsorted(bounds[1:, 0], native.native_times, "right")]

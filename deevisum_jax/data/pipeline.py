@@ -132,15 +132,14 @@ class SegmentSource:
             cached.text[read] = self._encoder.text(
                 cached.video, start_s, end_s, sound=cached.sound[heard], label=label
             )
-        return {
-            "frames": self._encoder.frames(cached.video, start_s, end_s),
-            **cached.text[read],
-            "label": np.int32(label),
-            "score": annotation.score[segment],
-            "video_id": np.int32(row),
-            "segment": np.int32(segment),
-            "valid": np.True_,
-        }
+        return _fields(
+            self._encoder.frames(cached.video, start_s, end_s),
+            cached.text[read],
+            label=label,
+            score=annotation.score[segment],
+            video_id=row,
+            segment=segment,
+        )
 
     def without(self, *inputs: str) -> SegmentSource:
         """The same segments with some of `typing.INPUTS` withheld; decoded videos are shared."""
@@ -161,22 +160,37 @@ class VideoSegments(Sequence):
 
     def __getitem__(self, segment: int) -> dict[str, np.ndarray]:
         start_s, end_s = self._bounds[segment]
-        return {
-            "frames": self._encoder.frames(self._video, start_s, end_s),
-            # The scores are read in front of the label, which is any.
-            **self._encoder.text(
-                self._video,
-                start_s,
-                end_s,
-                sound=self._encoder.sound(self._video, start_s, end_s),
-                label=0,
-            ),
-            "label": np.int32(0),
-            "score": np.float32(0),
-            "video_id": np.int32(0),
-            "segment": np.int32(segment),
-            "valid": np.True_,
-        }
+        sound = self._encoder.sound(self._video, start_s, end_s)
+        # The scores are read in front of the label, which is any.
+        return _fields(
+            self._encoder.frames(self._video, start_s, end_s),
+            self._encoder.text(self._video, start_s, end_s, sound=sound, label=0),
+            label=0,
+            score=0.0,
+            video_id=0,
+            segment=segment,
+        )
+
+
+def _fields(
+    frames: np.ndarray,
+    text: Mapping[str, np.ndarray],
+    *,
+    label: int,
+    score: float,
+    video_id: int,
+    segment: int,
+) -> dict[str, np.ndarray]:
+    """One row of a `Batch`."""
+    return {
+        "frames": frames,
+        **text,
+        "label": np.int32(label),
+        "score": np.float32(score),
+        "video_id": np.int32(video_id),
+        "segment": np.int32(segment),
+        "valid": np.True_,
+    }
 
 
 class _CachedVideo:

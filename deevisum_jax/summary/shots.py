@@ -31,6 +31,7 @@ _WINDOW = 1200
 # seconds) and above what noise gives (`change` is 1 from black to white).
 _CLEAR_RATIO, _CLEAR_CONTEXT_S, _CLEAR_FLOOR = 2.0, 2.0, 0.02
 
+_LARGE_BUDGET = 1 / 3  # above it few shots of the greatest length fit, and much of it stays empty
 _USUAL_SHOT_S = 5.0  # the mean length of the published KTS shots of TVSum
 
 
@@ -82,9 +83,11 @@ def shot_limit_s(duration_s: float, budget: float = 0.15) -> float:
     """A `max_shot_s` with which the budget can always be used: no shot is longer than it.
 
     With every shot within the budget at least one fits; beyond that shots are kept to 5 s, the mean
-    of the published shots of TVSum, so that a summary of a longer video has several.
+    of the published shots of TVSum, so that a summary of a longer video has several. A large budget
+    asks for small parts: of two shots of 3 s, 5 s can only hold one.
     """
-    return min(_USUAL_SHOT_S, budget * duration_s)
+    limit_s = min(_USUAL_SHOT_S, budget * duration_s)
+    return limit_s if budget <= _LARGE_BUDGET else min(limit_s, max(1.0, duration_s / 10))
 
 
 def detect_shots(

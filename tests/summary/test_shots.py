@@ -63,6 +63,13 @@ def test_with_the_shot_limit_a_budget_can_always_be_used():
     assert shots.shot_limit_s(3600.0) == 5.0
 
 
+def test_a_large_budget_asks_for_small_parts():
+    assert shots.shot_limit_s(6.0, 0.3) == pytest.approx(1.8)
+    assert shots.shot_limit_s(6.0, 0.9) == 1.0
+    assert shots.shot_limit_s(30.0, 0.5) == 3.0
+    assert shots.shot_limit_s(3600.0, 0.5) == 5.0
+
+
 def test_no_scraps_at_the_ends_and_no_doubled_border():
     # A flash (frames 100 to 102) and a cut three frames before the end.
     found = detect(film([100, 103, 237], 240))
