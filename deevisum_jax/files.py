@@ -1,17 +1,28 @@
-"""Files that are there whole or not at all."""
+"""Files and folders that are there whole or not at all, and files in buckets."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import pathlib
+import shutil
+import uuid
 from collections.abc import Iterator
+from typing import BinaryIO
+
+from etils import epath
+
+from deevisum_jax.errors import UserError
+
+_UNFINISHED = ".partial"
+# ImportError: no client for this kind of bucket; ValueError: no possible file name.
+_NO_ACCESS = (OSError, ImportError, ValueError)
 
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A temporary name in the same folder to write to; it becomes `path` when all went well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{_UNFINISHED}")
     try:
         yield temporary
         temporary.replace(path)
@@ -23,3 +34,77 @@ def write_whole(path: pathlib.Path, content: str | bytes) -> None:
     """Writes `content` to `path`, replacing what is there."""
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def whole_folder(out: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder to write into, whose content becomes that of `out` only when all went well.
+
+    Raises:
+      UserError: `out` is a file, holds something, or cannot be written.
+    """
+    target = out.resolve()
+    with writing(out):
+        # An empty folder is filled from within: it may be mounted, or its parent not ours. A new
+        # one grows beside the nearest folder there is, so that a failure leaves no parents behind.
+        home = target
+        while not home.exists():
+            home = home.parent
+        if home == target and not _is_empty(target):
+            raise UserError(f"{out} exists and is not an empty folder; give --out a new one")
+        # A name of its own: other runs may be at work in the same place.
+        unfinished = home / f".{target.name}.{uuid.uuid4().hex[:8]}{_UNFINISHED}"
+        unfinished.mkdir()
+    try:
+        yield unfinished
+        with writing(out):
+            if home == target:
+                if not _is_empty(target):
+                    raise UserError(f"{out} was filled in the meantime; give --out a new folder")
+                for made in unfinished.iterdir():
+                    made.rename(target / made.name)
+            else:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                unfinished.rename(target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _is_empty(folder: pathlib.Path) -> bool:
+    """Whether nothing is in it but unfinished work, of others or of a run that was killed."""
+    return folder.is_dir() and all(path.name.endswith(_UNFINISHED) for path in folder.iterdir())
+
+
+@contextlib.contextmanager
+def writing(out: pathlib.Path) -> Iterator[None]:
+    """What the file system refuses inside becomes a `UserError` about `out`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{out} cannot be written ({error.strerror or error}); give --out a folder that can"
+        ) from error
+
+
+def exists(path: epath.Path) -> bool:
+    try:
+        return path.exists()
+    except _NO_ACCESS as error:
+        raise UserError(f"{os.fspath(path)!r} cannot be looked for: {error}") from error
+
+
+@contextlib.contextmanager
+def open_binary(path: epath.Path) -> Iterator[BinaryIO]:
+    """A file to read from, local or not.
+
+    Raises:
+      UserError: it does not exist or cannot be opened.
+    """
+    try:
+        stream = path.open("rb")
+    except FileNotFoundError as error:
+        raise UserError(f"{os.fspath(path)} does not exist; check the path") from error
+    except _NO_ACCESS as error:
+        raise UserError(f"{os.fspath(path)} cannot be opened: {error}") from error
+    with stream:
+        yield stream

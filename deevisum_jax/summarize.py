@@ -3,36 +3,32 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import json
 import math
 import pathlib
-import shutil
 import sys
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import absl.logging
 import jax
 import numpy as np
 
-from deevisum_jax import checkpoints, experiment, media, sharding
+from deevisum_jax import checkpoints, experiment, media, runs, sharding
 from deevisum_jax import config as config_lib
 from deevisum_jax.data import audio, pipeline, prompts, subtitles, tokenizer
 from deevisum_jax.data.segments import Video, segment_bounds
 from deevisum_jax.data.video import DecodedVideo, decode_video
 from deevisum_jax.errors import UserError, exits_cleanly
-from deevisum_jax.files import write_whole
+from deevisum_jax.files import whole_folder, write_whole, writing
 from deevisum_jax.inference import scoring
 from deevisum_jax.models import paligemma2
 from deevisum_jax.summary import render, report, select, shots
 
 _FRAME_RATE = 2.0  # frames per second looked at, the rate of the stored data sets
 _MIN_SUMMARY_S = 0.5  # below this there is nothing to watch
-_UNFINISHED = ".partial"
 _THE_RUNS = object()  # stands for the run's own exit threshold; None is "off"
 _EXAMPLES = """\
 examples:
@@ -57,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     # Orbax warns of much that is as it should be.
     absl.logging.set_verbosity(absl.logging.ERROR)
-    with _whole_folder(args.out) as folder:
+    with whole_folder(args.out) as folder:
         # A file that is no video is better known before gigabytes of parameters are read.
         with media.open_media(args.video) as container:
             media.video_stream(container, args.video)
@@ -67,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         film = read_film(
             args.video,
             size=student.model_config.img.image_size,
+            resize=student.encoder.resize,
             title=args.title,
             subtitles_path=args.subtitles,
         )
@@ -76,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(f"scoring {film.video.duration_s:.0f} s of video")
         summary = summarize(film, student, budget=args.budget, threshold=threshold)
         _say(f"writing {args.out}")
-        with _writing(args.out):
+        with writing(args.out):
             write_outputs(film, summary, folder, num_layers=student.model_config.llm.depth)
     for note in film.notes:
         print(f"note: {note}")
@@ -179,14 +176,14 @@ class Student:
         Raises:
           UserError: `run` is no workdir of a run, or misses a part.
         """
-        if missing := experiment.missing_parts(run):
+        if missing := runs.missing_parts(run):
             raise UserError(
                 f"{run} is no workdir of a training run, it lacks {', '.join(missing)}; give "
                 "--checkpoint the folder that deevisum_jax.main was given as --workdir"
             )
-        self.config = config_lib.load(run / experiment.CONFIG_FILE)
-        tokens = tokenizer.load_tokenizer(run / experiment.TOKENIZER_FILE)
-        template = prompts.load_template(str(run / experiment.TEMPLATE_FILE))
+        self.config = config_lib.load(run / runs.CONFIG_FILE)
+        tokens = tokenizer.load_tokenizer(run / runs.TOKENIZER_FILE)
+        template = prompts.load_template(str(run / runs.TEMPLATE_FILE))
         self.model_config = experiment.model_config(self.config, tokens)
         self.encoder = experiment.make_encoder(
             self.config, tokens, template, self.model_config.img.image_size
@@ -195,7 +192,7 @@ class Student:
         self._mesh = sharding.fitting_mesh(shapes)
         shardings = sharding.param_shardings(shapes, self._mesh)
         abstract = sharding.abstract(shapes, shardings)
-        with checkpoints.Checkpoints(run / experiment.CHECKPOINT_FOLDER) as saved:
+        with checkpoints.Checkpoints(run / runs.CHECKPOINT_FOLDER) as saved:
             params = saved.restore_params(saved.best_step, abstract)
         score_fn = scoring.make_score_fn(self.model_config, shardings, self._mesh)
         self._score_fn = functools.partial(score_fn, params)
@@ -227,13 +224,19 @@ class Film:
 
 
 def read_film(
-    path: str, *, size: int, title: str | None = None, subtitles_path: str | None = None
+    path: str,
+    *,
+    size: int,
+    resize: str = "bilinear",
+    title: str | None = None,
+    subtitles_path: str | None = None,
 ) -> Film:
     """Decodes pictures, sound and subtitles.
 
     Args:
       path: the file.
       size: height and width of the decoded pictures, pixels.
+      resize: how they come to it, bilinear or bicubic.
       title: what it is about; None takes the file's name.
       subtitles_path: None looks beside and inside the file, "none" takes none.
 
@@ -242,7 +245,7 @@ def read_film(
     """
     # Quick, so a mistake shows at once.
     cues = [] if subtitles_path == "none" else subtitles.load_subtitles(path, subtitles_path)
-    decoded = decode_video(path, frame_rate=_FRAME_RATE, size=(size, size))
+    decoded = decode_video(path, frame_rate=_FRAME_RATE, size=(size, size), resize=resize)
     waveform = audio.decode_audio(path)
     info, notes = decoded.info, list(decoded.info.notes)
     if waveform is None:
@@ -390,56 +393,6 @@ def write_outputs(
         film="summary.mp4",
         num_layers=num_layers,
     )
-
-
-@contextlib.contextmanager
-def _whole_folder(out: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A folder to write into, whose content becomes that of `out` only when all went well.
-
-    Raises:
-      UserError: `out` is a file, holds something, or cannot be written.
-    """
-    target = out.resolve()
-    with _writing(out):
-        # An empty folder is filled from within: it may be mounted, or its parent not ours. A new
-        # one grows beside the nearest folder there is, so that a failure leaves no parents behind.
-        home = target
-        while not home.exists():
-            home = home.parent
-        if home == target and not _is_empty(target):
-            raise UserError(f"{out} exists and is not an empty folder; give --out a new one")
-        # A name of its own: other runs may be at work in the same place.
-        unfinished = home / f".{target.name}.{uuid.uuid4().hex[:8]}{_UNFINISHED}"
-        unfinished.mkdir()
-    try:
-        yield unfinished
-        with _writing(out):
-            if home == target:
-                if not _is_empty(target):
-                    raise UserError(f"{out} was filled in the meantime; give --out a new folder")
-                for made in unfinished.iterdir():
-                    made.rename(target / made.name)
-            else:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                unfinished.rename(target)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _is_empty(folder: pathlib.Path) -> bool:
-    """Whether nothing is in it but unfinished work, of others or of a run that was killed."""
-    return folder.is_dir() and all(path.name.endswith(_UNFINISHED) for path in folder.iterdir())
-
-
-@contextlib.contextmanager
-def _writing(out: pathlib.Path) -> Iterator[None]:
-    """What the file system refuses inside becomes a `UserError` about `out`."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{out} cannot be written ({error.strerror or error}); give --out a folder that can"
-        ) from error
 
 
 if __name__ == "__main__":

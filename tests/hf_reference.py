@@ -3,11 +3,11 @@
 import dataclasses
 import functools
 
-import jax
 import numpy as np
 
-from deevisum_jax.convert.huggingface import from_huggingface
-from deevisum_jax.models.paligemma2 import PaliGemma2Config, Params, get_config
+from deevisum_jax.convert import huggingface, rows
+from deevisum_jax.convert.tensors import ArrayTensor
+from deevisum_jax.models.paligemma2 import PaliGemma2Config, Params, abstract_params, get_config
 
 IMAGE_TOKEN = 512  # the first row behind the tiny vocabulary
 
@@ -34,10 +34,28 @@ def reference(sliding_window: int = 4096) -> Reference:
     config = get_config(
         "tiny", llm={"final_logits_softcap": 30.0, "sliding_window": sliding_window}
     )
+    theirs = transformers.PaliGemmaForConditionalGeneration(
+        hf_config(config, padded_vocab=config.llm.vocab_size + 64)
+    ).eval()
+    # Their own initialisation leaves norms at one, biases at zero and logits near zero, which
+    # would hide mistakes in all of these.
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            # A loud token table, being tied, would make every token predict itself.
+            scale = 0.05 if "embed_tokens" in name else 0.25
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    tensors, _ = huggingface.tie(hf_tensors(theirs))
+    params = rows.fill(tensors, huggingface.paligemma2_rows(config), abstract_params(config))
+    return Reference(config, params, theirs)
+
+
+def hf_config(config: PaliGemma2Config, *, padded_vocab: int):
+    """The `transformers.PaliGemmaConfig` of a model; `<image>` is the first row behind ours."""
+    import transformers
+
     img, llm = config.img, config.llm
-    # Hugging Face pads the token table to a multiple of 64.
-    padded_vocab = llm.vocab_size + 64
-    hf_config = transformers.PaliGemmaConfig(
+    return transformers.PaliGemmaConfig(
         vision_config={
             "model_type": "siglip_vision_model",
             "hidden_size": img.width,
@@ -58,38 +76,35 @@ def reference(sliding_window: int = 4096) -> Reference:
             "num_key_value_heads": llm.num_kv_heads,
             "head_dim": llm.head_dim,
             "query_pre_attn_scalar": llm.query_pre_attn_scalar,
-            "sliding_window": sliding_window,
+            "sliding_window": llm.sliding_window or 4096,
         },
-        image_token_index=IMAGE_TOKEN,
+        image_token_index=llm.vocab_size,
         vocab_size=padded_vocab,
         projection_dim=llm.width,
         attn_implementation="eager",
     )
-    theirs = transformers.PaliGemmaForConditionalGeneration(hf_config).eval()
-    # Their own initialisation leaves norms at one, biases at zero and logits near zero, which
-    # would hide mistakes in all of these.
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            # A loud token table, being tied, would make every token predict itself.
-            scale = 0.05 if "embed_tokens" in name else 0.25
-            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
-    params, _ = from_huggingface(hf_tensors(theirs), config)
-    return Reference(config, jax.tree.map(jax.numpy.asarray, params), theirs)
 
 
-def hf_tensors(model) -> dict[str, np.ndarray]:
-    return {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+def hf_tensors(model) -> dict[str, ArrayTensor]:
+    """A torch model's weights as a checkpoint."""
+    return {name: ArrayTensor(tensor.numpy()) for name, tensor in model.state_dict().items()}
 
 
-def hf_inputs(frames: np.ndarray, tokens: np.ndarray, mask_ar: np.ndarray, mask_input: np.ndarray):
+def hf_inputs(
+    frames: np.ndarray,
+    tokens: np.ndarray,
+    mask_ar: np.ndarray,
+    mask_input: np.ndarray,
+    *,
+    image_token: int = IMAGE_TOKEN,
+):
     """Our layout as keyword arguments of theirs: image placeholders in front, type 1 = suffix."""
     import torch
 
     B, num_frames = frames.shape[:2]
     pixels = (frames.reshape(-1, *frames.shape[2:]) / 127.5 - 1).astype(np.float32)
     num_patches = 4
-    image = np.full((B, num_frames * num_patches), IMAGE_TOKEN)
+    image = np.full((B, num_frames * num_patches), image_token)
     return {
         "pixel_values": torch.from_numpy(pixels.transpose(0, 3, 1, 2)),
         "input_ids": torch.from_numpy(np.concatenate([image, tokens], axis=1)),

@@ -18,11 +18,10 @@ import numpy as np
 import optax
 import pytest
 
-from deevisum_jax import checkpoints, experiment, sharding, summarize, train_step
+from deevisum_jax import checkpoints, experiment, runs, sharding, summarize, train_step
 from deevisum_jax import config as config_lib
 from deevisum_jax.data.segments import segment_bounds
 from deevisum_jax.data.video import decode_video
-from deevisum_jax.errors import UserError
 from deevisum_jax.inference.scoring import SegmentScores
 from deevisum_jax.models import paligemma2
 from deevisum_jax.summary import render, report, select
@@ -41,7 +40,7 @@ def run(tmp_path_factory) -> pathlib.Path:
     """The workdir of a run whose model is tiny and has learned nothing."""
     folder = tmp_path_factory.mktemp("run")
     config = config_lib.from_file(str(pathlib.Path(__file__).parent.parent / "configs" / "tiny.py"))
-    experiment.claim_workdir(folder, config)
+    runs.claim(folder, config)
     template = experiment.make_template(config, folder)
     tokens = experiment.make_tokenizer(config, folder, template, records=[])
     save_checkpoint(folder, config, experiment.model_config(config, tokens))
@@ -52,7 +51,7 @@ def save_checkpoint(folder, config, model_config) -> None:
     params = paligemma2.init_params(model_config, jax.random.key(0))
     state = train_step.init_state(params, optax.sgd(0.1))
     data_iter = iter(grain.MapDataset.range(1).to_iter_dataset())
-    with checkpoints.Checkpoints(folder / experiment.CHECKPOINT_FOLDER, config.checkpoint) as saved:
+    with checkpoints.Checkpoints(folder / runs.CHECKPOINT_FOLDER, config.checkpoint) as saved:
         saved.save(1, state, data_iter, None)
 
 
@@ -414,33 +413,6 @@ def test_an_empty_folder_is_filled_in_place(run, videos, tmp_path):
     names = ["keyframes", "report.html", "summary.json", "summary.mp4"]
     assert sorted(path.name for path in out.iterdir()) == [left.name, *names]
     assert (left / "summary.json").read_text() == "half"
-
-
-@pytest.mark.parametrize("exists", [True, False])
-def test_two_runs_side_by_side_keep_to_themselves(tmp_path, exists):
-    """`--out res/a/summary` and `--out res/b/summary` both grow in res/ when a and b are new."""
-    outs = [tmp_path / name / "summary" for name in "ab"]
-    if exists:
-        for out in outs:
-            out.mkdir(parents=True)
-    with summarize._whole_folder(outs[0]) as first:
-        (first / "summary.json").write_text("a")
-        with summarize._whole_folder(outs[1]) as second:
-            (second / "summary.json").write_text("b")
-    assert [(out / "summary.json").read_text() for out in outs] == ["a", "b"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
-
-
-def test_of_two_runs_into_one_folder_the_later_is_refused(tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    later = summarize._whole_folder(out)
-    (later.__enter__() / "summary.json").write_text("later")
-    with summarize._whole_folder(out) as first:
-        (first / "summary.json").write_text("first")
-    with pytest.raises(UserError, match="was filled in the meantime"):
-        later.__exit__(None, None, None)
-    assert [path.read_text() for path in out.iterdir()] == ["first"]
 
 
 def test_a_name_that_is_no_text_is_shown_with_question_marks(run, videos, tmp_path, capsys):

@@ -1,7 +1,8 @@
-"""Hugging Face PaliGemma 2 tensors (names of transformers 5) to this package's parameters.
+"""Hugging Face's names: PaliGemma 2 tensors to this package's parameters, and back.
 
-Every source tensor is matched exactly once and every parameter filled, or nothing is loaded and
-all offenders are listed. From -> to, `{i}` a layer, d and D the widths of image and language tower:
+Tables are written in the names of transformers 5; `canonical` brings those of 4.47, which Google's
+released files have, to them, and `released_name` turns them back. From -> to, `{i}` a
+layer, d and D the widths of image and language tower:
 
     model.vision_tower.embeddings
       .patch_embedding.weight [d, 3, p, p]        img/embedding/kernel [p, p, 3, d]
@@ -34,284 +35,307 @@ all offenders are listed. From -> to, `{i}` a layer, d and D the widths of image
       .post_feedforward_layernorm.weight [D]      /post_ffw_norm/scale [L, D]
     lm_head.weight                                the same as embed_tokens, checked
 
-Hugging Face pads the token table for its image token; rows from V on are dropped.
+The names of 4.47: `vision_tower.vision_model.*`, `multi_modal_projector.*`,
+`language_model.model.*`, `language_model.lm_head.weight`. Hugging Face pads the token table for its
+image token; our vocabulary ends before that.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Iterator, Mapping
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deevisum_jax.convert.rows import Converted, Row
+from deevisum_jax.convert.tensors import Tensor
 from deevisum_jax.errors import UserError
-from deevisum_jax.models.paligemma2 import PaliGemma2Config, Params, abstract_params
+from deevisum_jax.models.paligemma2 import PaliGemma2Config, Params
+from deevisum_jax.models.siglip import EncoderConfig, SiglipConfig
 
 LM_HEAD = "lm_head.weight"
 EMBED_TOKENS = "model.language_model.embed_tokens.weight"
+# Rows behind the vocabulary, for the image token and to a round number.
+MAX_PADDING = 128
+
+# Any generation's beginning of a name -> that of transformers 5.
+_CANONICAL = (
+    (r"(model\.)?vision_tower\.(vision_model\.)?", "model.vision_tower."),
+    (r"(model\.)?multi_modal_projector\.", "model.multi_modal_projector."),
+    (r"model\.language_model\.|language_model\.model\.", "model.language_model."),
+    (r"(language_model\.)?lm_head\.", "lm_head."),
+)
+# That of transformers 5 -> that of 4.47.
+_RELEASED = (
+    ("model.vision_tower.", "vision_tower.vision_model."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+    ("model.language_model.", "language_model.model."),
+)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Converted:
-    """One line of the report: a source tensor and where it went."""
-
-    source: str
-    target: str  # path of the parameter; `[i]` or `[i, j]` = the part of it
-    shape: tuple[int, ...]  # of the source
-    dtype: str  # of the source
-    transform: str
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Row:
-    """How one parameter is made. With `{i}` in the sources, once per layer, stacked."""
-
-    target: str
-    sources: tuple[str, ...]  # one, or the two that are stacked in front (k and v, gate and up)
-    shape: tuple[int, ...]  # wanted of each source
-    transform: str
-    convert: Callable[[np.ndarray], np.ndarray]
-
-
-def from_huggingface(
-    tensors: Mapping[str, np.ndarray], config: PaliGemma2Config
-) -> tuple[Params, list[Converted]]:
-    """Makes parameters of a Hugging Face checkpoint's tensors.
-
-    Args:
-      tensors: by name, all of the checkpoint's.
-      config: the model that they are meant for. Hugging Face has no exit heads: the result holds
-        `img` and `llm` only, whatever `config.exit_layers`.
-
-    Returns:
-      Nested dictionary of numpy arrays in `config.param_dtype`, and the report, a line per tensor.
+def canonical(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under the names of transformers 5, which tables use.
 
     Raises:
-      UserError: tensors are missing, unknown or of another shape; lists all of them.
+      UserError: two tensors are the same one under names of two generations.
     """
-    rows = _rows(config)
-    config = dataclasses.replace(config, exit_layers=())
-    offenders: list[str] = []
-    report: list[Converted] = []
-    params: Params = {}
-    for row in rows:
-        tower = config.img if row.target.startswith("img/") else config.llm
-        stacked = "{i}" in row.sources[0]
-        parts = []
-        for i in range(tower.depth if stacked else 1):
-            for j, template in enumerate(row.sources):
-                source = template.format(i=i)
-                part = _take(tensors, source, row, offenders)
-                index = ([i] if stacked else []) + ([j] if len(row.sources) > 1 else [])
-                if part is not None:
-                    parts.append(part)
-                    tensor = tensors[source]
-                    report.append(
-                        Converted(
-                            source=source,
-                            target=row.target + (str(index) if index else ""),
-                            shape=tensor.shape,
-                            dtype=str(tensor.dtype),
-                            transform=row.transform,
-                        )
-                    )
-        if not offenders:
-            _put(params, row.target, parts, config)
-    if LM_HEAD in tensors:
-        report.append(_check_lm_head(tensors, offenders))
-    matched = {line.source for line in report}
-    assert len(matched) == len(report), "two rows read the same tensor"
-    known_bad = {offender.split(":")[0] for offender in offenders}
-    offenders += [
-        f"{name}: no parameter takes it" for name in sorted(set(tensors) - matched - known_bad)
-    ]
+    renamed: dict[str, Tensor] = {}
+    came_from: dict[str, str] = {}
+    offenders = []
+    for name, tensor in tensors.items():
+        new = name
+        for pattern, prefix in _CANONICAL:
+            if found := re.match(pattern, name):
+                new = prefix + name[found.end() :]
+                break
+        if new in renamed:
+            offenders.append(f"{came_from[new]} and {name}")
+        renamed[new], came_from[new] = tensor, name
     if offenders:
         raise UserError(
-            f"{len(offenders)} tensors do not fit the model; check that the variant is the "
-            "checkpoint's, and that it is a PaliGemma 2 saved by transformers 5:\n  "
-            + "\n  ".join(offenders)
+            "the checkpoint names the same tensors twice, in two generations' words; keep one of "
+            "each:\n  " + "\n  ".join(offenders)
         )
-    assert jax.tree.structure(params) == jax.tree.structure(abstract_params(config))
-    return params, report
+    return renamed
 
 
-def _take(
-    tensors: Mapping[str, np.ndarray], source: str, row: _Row, offenders: list[str]
-) -> np.ndarray | None:
-    """The converted tensor; or None, and a line of offence."""
-    if source not in tensors:
-        offenders.append(f"{source}: missing, wanted for {row.target}")
-        return None
-    given, wanted = tensors[source].shape, row.shape
-    # The token table may be padded.
-    fits = given == wanted or (
-        source == EMBED_TOKENS and given[1:] == wanted[1:] and given[0] > wanted[0]
-    )
-    if not fits:
-        offenders.append(f"{source}: shape {given}, wanted {wanted} for {row.target}")
-        return None
-    return row.convert(tensors[source])
+def released_name(name: str) -> str:
+    """The name in Google's released files, which every transformers since 4.47 reads."""
+    for ours, theirs in _RELEASED:
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    raise AssertionError(f"{name} is in no table")
 
 
-def _put(params: Params, target: str, parts: list[np.ndarray], config: PaliGemma2Config) -> None:
-    """Stacks the parts into the shape of the target and hangs it into the tree."""
-    *branches, name = target.split("/")
-    node, abstract = params, abstract_params(config)
-    for branch in branches:
-        node, abstract = node.setdefault(branch, {}), abstract[branch]
-    leaf = abstract[name]
-    assert name not in node, f"two rows fill {target}"
-    node[name] = np.stack(parts).reshape(leaf.shape).astype(jnp.dtype(leaf.dtype))
+def tie(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[Converted]]:
+    """Takes a separate output table out, compared with the input table that it is tied to.
 
+    Args:
+      tensors: under the names of transformers 5.
 
-def _check_lm_head(tensors: Mapping[str, np.ndarray], offenders: list[str]) -> Converted:
-    """PaliGemma ties the output table to the input table: a copy is matched by being equal."""
+    Returns:
+      The tensors without `lm_head`, and its line of the report, if it is there.
+
+    Raises:
+      UserError: the two tables differ.
+    """
+    if LM_HEAD not in tensors:
+        return dict(tensors), []
+    rest = {name: tensor for name, tensor in tensors.items() if name != LM_HEAD}
     head, table = tensors[LM_HEAD], tensors.get(EMBED_TOKENS)
-    if table is None or head.shape != table.shape or not np.array_equal(head, table):
-        offenders.append(f"{LM_HEAD}: differs from {EMBED_TOKENS}, but the two are tied here")
-    return Converted(
+    if table is None:
+        # Of tensors that share memory only one is stored.
+        return rest | {EMBED_TOKENS: head}, []
+    if head.shape != table.shape or head.dtype != table.dtype or not _same(head, table):
+        raise UserError(
+            f"{LM_HEAD}{f' (in {head.file})' if head.file else ''} differs from {EMBED_TOKENS}, "
+            "but PaliGemma 2 ties the two; this is another model, or one that was trained with the "
+            "tie cut, which cannot be loaded"
+        )
+    line = Converted(
         source=LM_HEAD,
         target="llm/embedder/input_embedding",
         shape=head.shape,
-        dtype=str(head.dtype),
+        dtype=head.dtype.name,
         transform="equal to embed_tokens, not stored twice",
+    )
+    return rest, [line]
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return all(
+        np.array_equal(a.view(np.uint8), b.view(np.uint8))
+        for a, b in zip(one.slabs(), other.slabs(), strict=True)
     )
 
 
-def _rows(config: PaliGemma2Config) -> list[_Row]:
+def padding_rows(tensors: Mapping[str, Tensor], config: PaliGemma2Config) -> np.ndarray | None:
+    """What stands behind the vocabulary in the token table, [rows, D]; None if nothing.
+
+    The model never reads it. It is kept to be exported again with the weights.
+
+    Args:
+      tensors: under the names of transformers 5.
+      config: of a model that they fit.
+    """
+    table, V = tensors[EMBED_TOKENS], config.llm.vocab_size
+    found, done = [], 0
+    for slab in table.slabs():
+        if done + len(slab) > V:
+            found.append(slab[max(0, V - done) :].copy())
+        done += len(slab)
+    return np.concatenate(found) if found else None
+
+
+def mean_rows(params: Params, count: int) -> np.ndarray:
+    """Rows to stand behind a vocabulary that came without any, [count, D].
+
+    Hugging Face's own conversion draws them close around the mean row. The mean row itself has the
+    mean of all logits, so that greedy decoding never picks it.
+    """
+    table = params["llm"]["embedder"]["input_embedding"]
+    mean = jnp.mean(jnp.asarray(table), axis=0, dtype=jnp.float32).astype(table.dtype)
+    return np.tile(np.asarray(mean), (count, 1))
+
+
+def padded(tensors: Mapping[str, Tensor], rows: np.ndarray) -> dict[str, Tensor]:
+    """The tensors with `rows` behind the token table."""
+    return {**tensors, EMBED_TOKENS: _Padded(tensors[EMBED_TOKENS], rows)}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Padded:
+    """A tensor with more rows behind it."""
+
+    tensor: Tensor
+    rows: np.ndarray
+    file: str = ""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.tensor.shape[0] + len(self.rows), *self.tensor.shape[1:])
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.tensor.dtype
+
+    def slabs(self, unit: int = 1) -> Iterator[np.ndarray]:
+        assert self.tensor.shape[0] % unit == len(self.rows) % unit == 0, f"{unit=}"
+        yield from self.tensor.slabs(unit)
+        yield np.ascontiguousarray(self.rows.astype(self.dtype))
+
+
+def paligemma2_rows(config: PaliGemma2Config) -> list[Row]:
+    """The table of a PaliGemma 2, in the names of transformers 5; without exit heads."""
     img, llm = config.img, config.llm
-    d, D, p = img.width, llm.width, img.patch_size
+    d, D, N, K, H = img.width, llm.width, llm.num_heads, llm.num_kv_heads, llm.head_dim
+    tower, projector = "model.vision_tower", "model.multi_modal_projector.linear"
+    block, layer = "llm/layers", "model.language_model.layers.{i}"
 
-    def copy(target: str, source: str, shape: tuple[int, ...]) -> _Row:
-        return _Row(
-            target=target, sources=(source,), shape=shape, transform="copy", convert=lambda w: w
-        )
-
-    def transposed(target: str, sources: tuple[str, ...], shape: tuple[int, int]) -> _Row:
-        return _Row(
-            target=target, sources=sources, shape=shape, transform="transpose", convert=np.transpose
+    def heads(target: str, names: tuple[str, ...], num_heads: int) -> Row:
+        return Row(
+            target=f"{block}/attn/{target}/w",
+            sources=tuple(f"{layer}.self_attn.{name}.weight" for name in names),
+            shape=(num_heads * H, D),
+            split=(num_heads, H, D),
+            order=(0, 2, 1),
         )
 
     rows = [
-        _Row(
-            target="img/embedding/kernel",
-            sources=("model.vision_tower.embeddings.patch_embedding.weight",),
-            shape=(d, 3, p, p),
-            transform="transpose (2, 3, 1, 0)",
-            convert=lambda w: w.transpose(2, 3, 1, 0),
-        ),
-        copy("img/embedding/bias", "model.vision_tower.embeddings.patch_embedding.bias", (d,)),
-        copy(
-            "img/pos_embedding",
-            "model.vision_tower.embeddings.position_embedding.weight",
-            (img.num_patches, d),
-        ),
-        transposed("img/head/kernel", ("model.multi_modal_projector.linear.weight",), (D, d)),
-        copy("img/head/bias", "model.multi_modal_projector.linear.bias", (D,)),
-        copy("llm/final_norm/scale", "model.language_model.norm.weight", (D,)),
-        _Row(
+        *image_rows("img", tower, img),
+        transposed("img/head/kernel", f"{projector}.weight", (D, d)),
+        Row(target="img/head/bias", sources=(f"{projector}.bias",), shape=(D,)),
+        Row(
             target="llm/embedder/input_embedding",
             sources=(EMBED_TOKENS,),
             shape=(llm.vocab_size, D),
-            transform=f"rows [0, {llm.vocab_size})",
-            convert=lambda w: w[: llm.vocab_size],
+            max_padding=MAX_PADDING,
         ),
-    ]
-    for ours, theirs in (("scale", "weight"), ("bias", "bias")):
-        rows.append(
-            copy(
-                f"img/Transformer/encoder_norm/{ours}",
-                f"model.vision_tower.post_layernorm.{theirs}",
-                (d,),
-            )
-        )
-        rows += [
-            copy(
-                f"img/Transformer/encoderblock/ln{n}/{ours}",
-                f"model.vision_tower.encoder.layers.{{i}}.layer_norm{n}.{theirs}",
-                (d,),
-            )
-            for n in (1, 2)
-        ]
-
-    block, layer = "img/Transformer/encoderblock", "model.vision_tower.encoder.layers.{i}"
-    N, H, F = img.num_heads, img.head_dim, img.mlp_dim
-    for ours, theirs in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
-        rows += [
-            _Row(
-                target=f"{block}/attn/{ours}/kernel",
-                sources=(f"{layer}.self_attn.{theirs}.weight",),
-                shape=(N * H, d),
-                transform="transpose, split heads",
-                convert=lambda w: w.T.reshape(d, N, H),
-            ),
-            _Row(
-                target=f"{block}/attn/{ours}/bias",
-                sources=(f"{layer}.self_attn.{theirs}.bias",),
-                shape=(N * H,),
-                transform="split heads",
-                convert=lambda b: b.reshape(N, H),
-            ),
-        ]
-    rows += [
-        _Row(
-            target=f"{block}/attn/out/kernel",
-            sources=(f"{layer}.self_attn.out_proj.weight",),
-            shape=(d, N * H),
-            transform="transpose, split heads",
-            convert=lambda w: w.T.reshape(N, H, d),
+        Row(
+            target="llm/final_norm/scale", sources=("model.language_model.norm.weight",), shape=(D,)
         ),
-        copy(f"{block}/attn/out/bias", f"{layer}.self_attn.out_proj.bias", (d,)),
-        transposed(f"{block}/mlp/fc1/kernel", (f"{layer}.mlp.fc1.weight",), (F, d)),
-        copy(f"{block}/mlp/fc1/bias", f"{layer}.mlp.fc1.bias", (F,)),
-        transposed(f"{block}/mlp/fc2/kernel", (f"{layer}.mlp.fc2.weight",), (d, F)),
-        copy(f"{block}/mlp/fc2/bias", f"{layer}.mlp.fc2.bias", (d,)),
-    ]
-
-    block, layer = "llm/layers", "model.language_model.layers.{i}"
-
-    def split_heads(w: np.ndarray) -> np.ndarray:
-        """[N * H, D] -> [N, D, H]."""
-        return w.reshape(-1, llm.head_dim, D).transpose(0, 2, 1)
-
-    rows += [
-        _Row(
-            target=f"{block}/attn/q_einsum/w",
-            sources=(f"{layer}.self_attn.q_proj.weight",),
-            shape=(llm.num_heads * llm.head_dim, D),
-            transform="split heads, transpose",
-            convert=split_heads,
-        ),
-        _Row(
-            target=f"{block}/attn/kv_einsum/w",
-            sources=(f"{layer}.self_attn.k_proj.weight", f"{layer}.self_attn.v_proj.weight"),
-            shape=(llm.num_kv_heads * llm.head_dim, D),
-            transform="split heads, transpose",
-            convert=split_heads,
-        ),
-        _Row(
+        heads("q_einsum", ("q_proj",), N),
+        heads("kv_einsum", ("k_proj", "v_proj"), K),
+        Row(
             target=f"{block}/attn/attn_vec_einsum/w",
             sources=(f"{layer}.self_attn.o_proj.weight",),
-            shape=(D, llm.num_heads * llm.head_dim),
-            transform="transpose, split heads",
-            convert=lambda w: w.T.reshape(llm.num_heads, llm.head_dim, D),
+            shape=(D, N * H),
+            split=(D, N, H),
+            order=(1, 2, 0),
         ),
-        transposed(
-            f"{block}/mlp/gating_einsum",
-            (f"{layer}.mlp.gate_proj.weight", f"{layer}.mlp.up_proj.weight"),
-            (llm.mlp_dim, D),
+        Row(
+            target=f"{block}/mlp/gating_einsum",
+            sources=(f"{layer}.mlp.gate_proj.weight", f"{layer}.mlp.up_proj.weight"),
+            shape=(llm.mlp_dim, D),
+            order=(1, 0),
         ),
-        transposed(f"{block}/mlp/linear", (f"{layer}.mlp.down_proj.weight",), (D, llm.mlp_dim)),
+        transposed(f"{block}/mlp/linear", f"{layer}.mlp.down_proj.weight", (D, llm.mlp_dim)),
     ]
-    rows += [
-        copy(f"{block}/{ours}/scale", f"{layer}.{theirs}.weight", (D,))
-        for ours, theirs in (
-            ("pre_attention_norm", "input_layernorm"),
-            ("post_attention_norm", "post_attention_layernorm"),
-            ("pre_ffw_norm", "pre_feedforward_layernorm"),
-            ("post_ffw_norm", "post_feedforward_layernorm"),
+    for ours, theirs in (
+        ("pre_attention_norm", "input_layernorm"),
+        ("post_attention_norm", "post_attention_layernorm"),
+        ("pre_ffw_norm", "pre_feedforward_layernorm"),
+        ("post_ffw_norm", "post_feedforward_layernorm"),
+    ):
+        rows.append(
+            Row(target=f"{block}/{ours}/scale", sources=(f"{layer}.{theirs}.weight",), shape=(D,))
         )
-    ]
     return rows
+
+
+def image_rows(target: str, source: str, config: SiglipConfig) -> list[Row]:
+    """Patches, positions and layers of a SigLIP image tower."""
+    D, p = config.width, config.patch_size
+    return [
+        Row(
+            target=f"{target}/embedding/kernel",
+            sources=(f"{source}.embeddings.patch_embedding.weight",),
+            shape=(D, 3, p, p),
+            order=(2, 3, 1, 0),
+        ),
+        Row(
+            target=f"{target}/embedding/bias",
+            sources=(f"{source}.embeddings.patch_embedding.bias",),
+            shape=(D,),
+        ),
+        Row(
+            target=f"{target}/pos_embedding",
+            sources=(f"{source}.embeddings.position_embedding.weight",),
+            shape=(config.num_patches, D),
+            split=(1, config.num_patches, D),
+            resample=True,
+        ),
+        *encoder_rows(f"{target}/Transformer", source, "post_layernorm", config),
+    ]
+
+
+def encoder_rows(target: str, source: str, last_norm: str, config: EncoderConfig) -> list[Row]:
+    """The layers of a SigLIP tower and the norm behind them, called `last_norm` there."""
+    D, N, H, F = config.width, config.num_heads, config.head_dim, config.mlp_dim
+    block, layer = f"{target}/encoderblock", f"{source}.encoder.layers.{{i}}"
+    rows = []
+    for ours, theirs in (("scale", "weight"), ("bias", "bias")):
+        norms = {
+            f"{target}/encoder_norm/{ours}": f"{source}.{last_norm}.{theirs}",
+            f"{block}/ln1/{ours}": f"{layer}.layer_norm1.{theirs}",
+            f"{block}/ln2/{ours}": f"{layer}.layer_norm2.{theirs}",
+        }
+        rows += [Row(target=path, sources=(name,), shape=(D,)) for path, name in norms.items()]
+    for ours, theirs in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
+        path, name = f"{block}/attn/{ours}", f"{layer}.self_attn.{theirs}"
+        rows += [
+            Row(
+                target=f"{path}/kernel",
+                sources=(f"{name}.weight",),
+                shape=(N * H, D),
+                split=(N, H, D),
+                order=(2, 0, 1),
+            ),
+            Row(target=f"{path}/bias", sources=(f"{name}.bias",), shape=(N * H,), split=(N, H)),
+        ]
+    return [
+        *rows,
+        Row(
+            target=f"{block}/attn/out/kernel",
+            sources=(f"{layer}.self_attn.out_proj.weight",),
+            shape=(D, N * H),
+            split=(D, N, H),
+            order=(1, 2, 0),
+        ),
+        Row(
+            target=f"{block}/attn/out/bias",
+            sources=(f"{layer}.self_attn.out_proj.bias",),
+            shape=(D,),
+        ),
+        transposed(f"{block}/mlp/fc1/kernel", f"{layer}.mlp.fc1.weight", (F, D)),
+        Row(target=f"{block}/mlp/fc1/bias", sources=(f"{layer}.mlp.fc1.bias",), shape=(F,)),
+        transposed(f"{block}/mlp/fc2/kernel", f"{layer}.mlp.fc2.weight", (D, F)),
+        Row(target=f"{block}/mlp/fc2/bias", sources=(f"{layer}.mlp.fc2.bias",), shape=(D,)),
+    ]
+
+
+def transposed(target: str, source: str, shape: tuple[int, int]) -> Row:
+    """A torch linear layer [out, in] and a kernel [in, out]."""
+    return Row(target=target, sources=(source,), shape=shape, order=(1, 0))

@@ -62,9 +62,14 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
             f"tokenizer {path} is not a file; give data.tokenizer the path of "
             "paligemma_tokenizer.model, or leave it empty to train one on the data set's text"
         )
+    return parse_tokenizer(path.read_bytes(), str(path))
+
+
+def parse_tokenizer(model: bytes, path: str) -> Tokenizer:
+    """As `load_tokenizer`, from the content of the file at `path`."""
     processor = sentencepiece.SentencePieceProcessor()
     try:
-        processor.LoadFromSerializedProto(path.read_bytes())
+        processor.LoadFromSerializedProto(model)
     except RuntimeError as error:
         raise UserError(f"tokenizer {path} is not a SentencePiece model ({error})") from None
     layout = (processor.pad_id(), processor.eos_id(), processor.bos_id(), processor.unk_id())

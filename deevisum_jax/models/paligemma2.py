@@ -24,16 +24,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deevisum_jax.errors import UserError, closest
-from deevisum_jax.models import layers, masks
+from deevisum_jax.models import layers, masks, pytree
 from deevisum_jax.models.exits import ExitHeads
 from deevisum_jax.models.gemma2 import Gemma2, Gemma2Config, KVCache
+from deevisum_jax.models.pytree import Params
 from deevisum_jax.models.siglip import Siglip, SiglipConfig
 from deevisum_jax.sharding import constrain
 from deevisum_jax.typing import Array, Batch, ExitScores
-
-Params = dict[str, Any]  # nested, arrays as leaves, big_vision's names
-
-DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,8 +63,7 @@ class PaliGemma2Config:
                 f"exit_layers {exits} must be strictly increasing; try {tuple(sorted(set(exits)))}"
             )
         for field in ("dtype", "param_dtype"):
-            if (given := getattr(self, field)) not in DTYPES:
-                raise UserError(f"{field} {given!r} is unknown: {closest(str(given), DTYPES)}")
+            pytree.check_dtype(field, getattr(self, field))
         layers.check_remat_policy(self.remat_policy)
 
 
@@ -197,23 +193,11 @@ def get_config(
     if name not in VARIANTS:
         raise UserError(f"model variant {name!r} is unknown: {closest(name, VARIANTS)}")
     config = VARIANTS[name]
-    return _replace(
-        config,
-        "model",
-        {
-            **overrides,
-            "img": _replace(config.img, "img", img or {}),
-            "llm": _replace(config.llm, "llm", llm or {}),
-        },
-    )
-
-
-def _replace(config: Any, where: str, fields: Mapping[str, Any]) -> Any:
-    known = [field.name for field in dataclasses.fields(config)]
-    for field in fields:
-        if field not in known:
-            raise UserError(f"{where} has no field {field!r}: {closest(field, known)}")
-    return dataclasses.replace(config, **fields)
+    towers = {
+        "img": pytree.replace_fields(config.img, "img", img or {}),
+        "llm": pytree.replace_fields(config.llm, "llm", llm or {}),
+    }
+    return pytree.replace_fields(config, "model", overrides | towers)
 
 
 @jax.tree_util.register_dataclass
@@ -451,23 +435,22 @@ def init_params(config: PaliGemma2Config, key: jax.Array) -> Params:
     To have them placed on a mesh as they are made, jit this with `static_argnums=0` and
     `out_shardings=param_shardings(abstract_params(config), mesh)`.
     """
-    return nnx.to_pure_dict(nnx.state(PaliGemma2(config, rngs=nnx.Rngs(key))))
-
-
-@functools.cache
-def _abstract(config: PaliGemma2Config) -> tuple[nnx.GraphDef, Params]:
-    model = nnx.eval_shape(lambda: PaliGemma2(config, rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(model)
-    return graphdef, nnx.to_pure_dict(state)
+    return pytree.init(PaliGemma2, config, key)
 
 
 def abstract_params(config: PaliGemma2Config) -> Params:
     """Shapes and dtypes of `init_params`, computed without memory or time."""
-    return jax.tree.map(lambda leaf: leaf, _abstract(config)[1])
+    return pytree.abstract(PaliGemma2, config)
+
+
+def without_exits(config: PaliGemma2Config) -> PaliGemma2Config:
+    """The same model without exit heads: what PaliGemma 2's own checkpoints hold."""
+    return dataclasses.replace(config, exit_layers=())
 
 
 def num_params(config: PaliGemma2Config) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
+    """How many numbers the model has, exit heads included."""
+    return pytree.num_params(abstract_params(config))
 
 
 def bind(config: PaliGemma2Config, params: Params) -> PaliGemma2:
@@ -476,16 +459,4 @@ def bind(config: PaliGemma2Config, params: Params) -> PaliGemma2:
     Call it inside the function that is jitted or differentiated: gradients are taken with respect
     to the dictionary.
     """
-    graphdef, abstract = _abstract(config)
-    assert jax.tree.structure(params) == jax.tree.structure(abstract), (
-        "parameters of another model: "
-        f"{sorted(set(_paths(params)) ^ set(_paths(abstract)))} are on one side only"
-    )
-    return nnx.merge(graphdef, params)
-
-
-def _paths(params: Params) -> list[str]:
-    return [
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, _ in jax.tree.leaves_with_path(params)
-    ]
+    return pytree.bind(PaliGemma2, config, params)

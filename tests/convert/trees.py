@@ -1,0 +1,61 @@
+"""Every size's tree at small widths, and checkpoints as their makers write them."""
+
+import pathlib
+import shutil
+
+import numpy as np
+
+from deevisum_jax.convert import big_vision, huggingface, rows
+from deevisum_jax.convert.tensors import read
+from deevisum_jax.models.paligemma2 import VARIANTS, PaliGemma2Config, Params, get_config
+
+
+def small(name: str, **overrides) -> PaliGemma2Config:
+    """The variant, with layers and heads as they are, and narrow everything else."""
+    llm = VARIANTS[name].llm
+    return get_config(
+        name,
+        img={"image_size": 56, "width": 32, "mlp_dim": 24},
+        llm={
+            "vocab_size": 96,
+            "width": 24,
+            "mlp_dim": 40,
+            "head_dim": 4 if llm.head_dim == 256 else 2,
+        },
+        **overrides,
+    )
+
+
+def write_big_vision(path: pathlib.Path, params: Params, config: PaliGemma2Config) -> str:
+    """An npz as big_vision saves it: by numpy, under `params/`."""
+    tensors = rows.spill(params, big_vision.paligemma2_rows(config))
+    np.savez(path, **{f"params/{name}": read(tensor) for name, tensor in tensors.items()})
+    return str(path)
+
+
+def write_hugging_face(
+    folder: pathlib.Path, params: Params, config: PaliGemma2Config, tokenizer_path: pathlib.Path
+) -> str:
+    """A folder as transformers saves it, with a tokenizer beside; 64 rows behind the vocabulary."""
+    import torch
+    import transformers
+
+    from tests.hf_reference import hf_config
+
+    theirs = transformers.PaliGemmaForConditionalGeneration(
+        hf_config(config, padded_vocab=config.llm.vocab_size + 64)
+    )
+    tensors = rows.spill(params, huggingface.paligemma2_rows(config))
+    tensors = huggingface.padded(
+        tensors, np.random.default_rng(0).normal(size=(64, config.llm.width))
+    )
+    dtype = getattr(torch, config.param_dtype)
+    # Through float32, which holds any bfloat16: torch takes none from numpy.
+    state = {
+        name: torch.from_numpy(read(tensor).astype(np.float32)).to(dtype)
+        for name, tensor in tensors.items()
+    }
+    theirs.to(dtype).load_state_dict({**state, "lm_head.weight": state[huggingface.EMBED_TOKENS]})
+    theirs.save_pretrained(folder)
+    shutil.copy(tokenizer_path, folder / "tokenizer.model")
+    return str(folder)
