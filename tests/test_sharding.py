@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from deevisum_jax import sharding
 from deevisum_jax.errors import UserError
+from deevisum_jax.models import two_towers
 from deevisum_jax.models.paligemma2 import VARIANTS, abstract_params, bind, get_config, init_params
 from deevisum_jax.typing import Batch
 
@@ -50,11 +51,12 @@ def test_every_parameter_matches_exactly_one_row(name):
 
 
 def test_every_row_is_used():
-    params = abstract_params(CONFIG)
+    siglip = two_towers.abstract_params(two_towers.get_config("siglip_tiny"))
     used = set()
-    for path, leaf in jax.tree.leaves_with_path(params):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        used.add(sharding.logical_axes(name, leaf.ndim))
+    for params in (abstract_params(CONFIG), siglip):
+        for path, leaf in jax.tree.leaves_with_path(params):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            used.add(sharding.logical_axes(name, leaf.ndim))
     assert used == {axes for _, axes in sharding.PARAM_AXES}
     assert {axis for axes in used for axis in axes} <= set(sharding.RULES)
 
