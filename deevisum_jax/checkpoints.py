@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 import grain
 import orbax.checkpoint as ocp
@@ -121,7 +122,7 @@ class Checkpoints:
             cannot be restored.
         """
         with self._reading(step):
-            self._check(step, abstract)
+            _check_shapes(self._stored(step), abstract, self._folder)
             restored = self._manager.restore(
                 step, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
             )
@@ -142,7 +143,7 @@ class Checkpoints:
         """
         params = optim.merge(abstract.params, abstract.frozen)
         with self._reading(step):
-            self._check(step, params)
+            _check_shapes(self._stored(step), params, self._folder)
             restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
@@ -161,35 +162,61 @@ class Checkpoints:
             frozen=unflatten_dict({path: merged[path] for path in flatten_dict(abstract.frozen)}),
         )
 
-    @contextlib.contextmanager
-    def _reading(self, step: int) -> Iterator[None]:
-        """Orbax, tensorstore and Grain raise what they like, over a damaged file or otherwise."""
-        try:
-            yield
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(
-                f"checkpoint {self._folder / str(step)} cannot be restored "
-                f"({type(error).__name__}: "
-                f"{str(error).splitlines()[0] if str(error) else 'no reason given'}); move that "
-                "folder aside to go on from the one before"
-            ) from error
+    def _reading(self, step: int) -> contextlib.AbstractContextManager[None]:
+        return _reading(
+            self._folder / str(step), "move that folder aside to go on from the one before"
+        )
 
-    def _check(self, step: int, abstract: Params) -> None:
-        """Compares names and shapes before any array is read."""
-        stored = flatten_dict(self._manager.item_metadata(step)["params"].tree, sep="/")
-        stored = {path: tuple(leaf.shape) for path, leaf in stored.items()}
-        wanted = {path: leaf.shape for path, leaf in flatten_dict(abstract, sep="/").items()}
-        differing = [
-            f"{path}: {stored.get(path, 'absent')} in the checkpoint, "
-            f"{wanted.get(path, 'absent')} in the model"
-            for path in sorted(stored.keys() | wanted.keys())
-            if stored.get(path) != wanted.get(path)
-        ]
-        if differing:
-            shown = "; ".join(differing[:5] + ["..."] * (len(differing) > 5))
-            raise UserError(
-                f"{self._folder} holds a model of another architecture ({len(differing)} of "
-                f"{len(wanted)} parameters differ); use the config it was trained with: {shown}"
-            )
+    def _stored(self, step: int) -> Any:
+        return self._manager.item_metadata(step)["params"].tree
+
+
+def save_weights(folder: pathlib.Path, params: Params) -> None:
+    """Parameters alone, outside of any run; `folder` must not be there."""
+    with ocp.StandardCheckpointer() as saver:
+        saver.save(folder.absolute(), params)
+
+
+def restore_weights(folder: pathlib.Path, abstract: Params) -> Params:
+    """What `save_weights` wrote, onto the shapes, dtypes and shardings of `abstract`.
+
+    Raises:
+      UserError: the folder is not there or damaged, or holds another architecture.
+    """
+    with _reading(folder, "convert the weights again"), ocp.StandardCheckpointer() as loader:
+        stored = loader.metadata(folder.absolute()).item_metadata.tree
+        _check_shapes(stored, abstract, folder)
+        return loader.restore(folder.absolute(), abstract)
+
+
+@contextlib.contextmanager
+def _reading(folder: pathlib.Path, advice: str) -> Iterator[None]:
+    """Orbax, tensorstore and Grain raise what they like, over a damaged file or otherwise."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else "no reason given"
+        raise UserError(
+            f"checkpoint {folder} cannot be restored ({type(error).__name__}: {reason}); {advice}"
+        ) from error
+
+
+def _check_shapes(stored_tree: Any, abstract: Params, folder: pathlib.Path) -> None:
+    """Compares names and shapes before any array is read."""
+    stored = flatten_dict(stored_tree, sep="/")
+    stored = {path: tuple(leaf.shape) for path, leaf in stored.items()}
+    wanted = {path: leaf.shape for path, leaf in flatten_dict(abstract, sep="/").items()}
+    differing = [
+        f"{path}: {stored.get(path, 'absent')} in the checkpoint, "
+        f"{wanted.get(path, 'absent')} in the model"
+        for path in sorted(stored.keys() | wanted.keys())
+        if stored.get(path) != wanted.get(path)
+    ]
+    if differing:
+        shown = "; ".join(differing[:5] + ["..."] * (len(differing) > 5))
+        raise UserError(
+            f"{folder} holds a model of another architecture ({len(differing)} of {len(wanted)} "
+            f"parameters differ); use the config it was trained with: {shown}"
+        )

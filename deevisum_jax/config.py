@@ -22,7 +22,7 @@ import ml_collections
 
 from deevisum_jax.errors import UserError, closest
 from deevisum_jax.files import write_whole
-from deevisum_jax.typing import INPUTS
+from deevisum_jax.typing import INPUTS, RESIZES
 
 FROM_SCRATCH = "from_scratch"
 
@@ -31,12 +31,12 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     ("above 0", lambda value: value > 0, (
         "total_steps", "batch_size", "log_every", "data.vocab_size", "data.text_len",
         "data.num_frames", "data.segment_s", "data.cache_mib", "data.num_threads",
-        "model.sliding_window", "optim.learning_rate", "optim.clip_norm", "optim.accumulate_steps",
+        "model.image_size", "optim.learning_rate", "optim.clip_norm", "optim.accumulate_steps",
         "checkpoint.every_steps", "checkpoint.keep", "eval.every_steps", "eval.batch_size",
     )),
     ("at least 0", lambda value: value >= 0, (
-        "data.caption_len", "model.final_logits_softcap", "loss.token", "loss.class_", "loss.score",
-        "optim.weight_decay",
+        "data.caption_len", "model.final_logits_softcap", "model.sliding_window", "loss.token",
+        "loss.class_", "loss.score", "optim.weight_decay",
     )),
     ("above 0 and at most 1", lambda value: 0 < value <= 1, ("data.label_fraction", "eval.budget")),
     ("at least 0 and at most 1", lambda value: 0 <= value <= 1, ("optim.end_fraction",)),
@@ -57,6 +57,9 @@ class DataConfig:
     text_len: int = 64  # tokens of the prompt, the separator and the label word
     caption_len: int = 0  # tokens of a caption that the student also learns to tell; 0 = none
     num_frames: int = 2  # I, pictures per segment
+    # bilinear (with antialias, as big_vision) or bicubic (as Hugging Face); None: as the weights in
+    # `initialization` were trained, bilinear from scratch.
+    resize: str | None = None
     segment_s: float = 2.0  # seconds per segment
     label_fraction: float = 0.25  # share of a video's segments labelled as summary
     left_out: tuple[str, ...] = ()  # of picture, text, sound: withheld in training and evaluation
@@ -73,8 +76,10 @@ class ModelConfig:
     dtype: str = "float32"  # compute; "bfloat16" on TPU
     param_dtype: str = "float32"  # storage
     remat_policy: str | None = "nothing_saveable"  # jax.checkpoint_policies, None keeps everything
-    final_logits_softcap: float = 0.0  # 0 = none, as big_vision; 30 = as Hugging Face
-    sliding_window: int | None = None  # of layers 0, 2, 4 ..., tokens; None = all layers are global
+    # None: as the weights in `initialization` were trained; from scratch as the variant is.
+    image_size: int | None = None  # pixels; position embeddings are resampled to it
+    final_logits_softcap: float | None = None  # 0 = none, as big_vision; 30 = as Hugging Face
+    sliding_window: int | None = None  # tokens, of layers 0, 2, 4 ...; 0 = all layers are global
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,7 +142,9 @@ class EvalConfig:
 class Config:
     """One experiment."""
 
-    initialization: str  # "from_scratch", or the folder of a run of ours to start from
+    # What training starts from: "from_scratch"; a run's folder; the folder that
+    # scripts/convert_weights.py wrote; a big_vision .npz or a Hugging Face folder of PaliGemma 2.
+    initialization: str
     seed: int
     total_steps: int
     batch_size: int  # global
@@ -159,6 +166,10 @@ class Config:
         for name in self.data.left_out:
             if name not in INPUTS:
                 raise UserError(f"data.left_out names {name!r}; {closest(name, INPUTS)}")
+        if self.data.resize not in (None, *RESIZES):
+            raise UserError(
+                f"data.resize={self.data.resize!r}; {closest(str(self.data.resize), RESIZES)}"
+            )
         if not 0 <= self.optim.warmup_steps < self.total_steps:
             raise UserError(
                 f"optim.warmup_steps={self.optim.warmup_steps} is not at least 0 and below "

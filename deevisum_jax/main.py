@@ -23,7 +23,9 @@ from deevisum_jax import (
     datasets,
     evaluation,
     experiment,
+    initialization,
     optim,
+    runs,
     sharding,
     train_step,
     training_log,
@@ -65,10 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, config = parse(argv)
     # Orbax warns of much that is as it should be.
     absl.logging.set_verbosity(absl.logging.ERROR)
+    config = initialization.settle(config, args.workdir)
     if args.mode == "train":
-        experiment.claim_workdir(args.workdir, config)
+        runs.claim(args.workdir, config)
     else:
-        experiment.check_run(args.workdir, config)
+        runs.check(args.workdir, config)
     with jax.set_mesh(sharding.make_mesh(**dataclasses.asdict(config.mesh))):
         run = Run(config, args.workdir)
         if args.mode == "train":
@@ -125,11 +128,16 @@ class Run:
         shapes = paligemma2.abstract_params(early_config)
         sharding.validate(shapes, self.mesh)
         optim.split_frozen(shapes, config.optim.frozen)
-        if not experiment.has_checkpoint(workdir):
-            experiment.initial_run(config)
         template = experiment.make_template(config, workdir)
-        if given := experiment.given_tokenizer(config, workdir):
+        given = experiment.given_tokenizer(config, workdir)
+        vocab_size = None
+        if given is not None:
             experiment.make_encoder(config, given, template, early_config.img.image_size)
+            vocab_size = experiment.model_config(config, given).llm.vocab_size
+        self.start = None
+        if not runs.has_checkpoint(workdir) and (start := initialization.find(config)):
+            start.check(config, vocab_size)
+            self.start = start
 
         # ---- Data: records, tokenizer, segments ----
         self.dataset = datasets.Dataset(config.data.dataset, config.data.data_dir)
@@ -253,7 +261,7 @@ class Run:
 
     @property
     def _checkpoint_folder(self) -> pathlib.Path:
-        return self.workdir / experiment.CHECKPOINT_FOLDER
+        return self.workdir / runs.CHECKPOINT_FOLDER
 
     @property
     def _abstract_params(self) -> optim.Params:
@@ -266,17 +274,16 @@ class Run:
     def _first_state(
         self, saved: checkpoints.Checkpoints, data_iter: grain.DatasetIterator
     ) -> train_step.TrainState:
-        """Resume > initialize from a run > from scratch."""
+        """Resume > what `initialization` names > from scratch."""
         if saved.latest_step is not None:
             return saved.restore(saved.latest_step, self.abstract, data_iter)
-        folder = experiment.initial_run(self.config)
-        if folder is None:
-            init = jax.jit(self._from_scratch, out_shardings=self.shardings)
-            return init(jax.random.key(self.config.seed))
-        with checkpoints.Checkpoints(folder / experiment.CHECKPOINT_FOLDER) as other:
-            params = other.restore_params(other.best_step, self._abstract_params)
-        start = lambda params: train_step.init_state(params, self.tx, self.config.optim.frozen)
-        return jax.jit(start, out_shardings=self.shardings)(params)
+        key = jax.random.key(self.config.seed)
+        if self.start is None:
+            return jax.jit(self._from_scratch, out_shardings=self.shardings)(key)
+        params = self.start.load(self.model_config, self._abstract_params, key)
+        initialization.write_padding(self.workdir, self.start.vocab_padding(self.model_config))
+        begin = lambda params: train_step.init_state(params, self.tx, self.config.optim.frozen)
+        return jax.jit(begin, out_shardings=self.shardings, donate_argnums=0)(params)
 
     def _split(self, name: str) -> Split:
         records = self.dataset.split(name)

@@ -17,6 +17,7 @@ import numpy as np
 Array = jax.Array | np.ndarray
 
 INPUTS = ("picture", "text", "sound")  # what a segment is judged by
+RESIZES = ("bilinear", "bicubic")  # how pictures come to the model's size, both with antialias
 
 
 @jax.tree_util.register_dataclass

@@ -105,8 +105,8 @@ def test_values_are_converted_to_the_declared_types():
         ({"data": {"dataset": "a/b", "vocab_size": 0}}, r"vocab_size=0 must be above 0"),
         ({"data": {"dataset": "a/b", "cache_mib": 0}}, r"cache_mib=0 must be above 0"),
         (
-            {"model": {"variant": "tiny", "exit_layers": (4,), "sliding_window": 0}},
-            r"model\.sliding_window=0 must be above 0",
+            {"model": {"variant": "tiny", "exit_layers": (4,), "sliding_window": -1}},
+            r"model\.sliding_window=-1 must be at least 0",
         ),
         (
             {"model": {"variant": "tiny", "exit_layers": (4,), "final_logits_softcap": -30}},

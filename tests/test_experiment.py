@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from deevisum_jax import config as config_lib
-from deevisum_jax import datasets, experiment
+from deevisum_jax import datasets, experiment, runs
 from deevisum_jax.data import tokenizer
 from deevisum_jax.errors import UserError
 
@@ -17,7 +17,7 @@ def records(data_dir):
 
 
 def claim(workdir, config) -> config_lib.Config:
-    experiment.claim_workdir(workdir, config)
+    runs.claim(workdir, config)
     return config_lib.load(workdir / "config.json")
 
 
@@ -130,29 +130,6 @@ def test_a_run_that_starts_from_another_keeps_its_tokenizer(tmp_path, tiny_confi
         assert (workdir / "tokenizer.model").read_bytes() == theirs
 
 
-def test_a_run_cannot_start_from_another_with_other_pieces(tmp_path, tiny_config, other_run):
-    given = tmp_path / "given.model"
-    tokenizer.train_tokenizer(["yes", "no"], given, vocab_size=280)
-    config = tiny_config(f"initialization={other_run}", f"data.tokenizer={given}")
-    with pytest.raises(UserError, match=r"is not the tokenizer of .* leave data\.tokenizer empty"):
-        experiment.initial_run(config)
-
-
-def test_a_run_cannot_start_from_exit_heads_of_other_layers(tiny_config, other_run):
-    config = tiny_config(f"initialization={other_run}", "model.exit_layers=(3, 4)")
-    with pytest.raises(UserError, match=r"\(2, 4\), not after model\.exit_layers=\(3, 4\)"):
-        experiment.initial_run(config)
-
-
-def test_initialization_from_no_run_is_refused(tiny_config, other_run):
-    config = tiny_config("initialization=from_scrach")
-    with pytest.raises(UserError, match="'from_scrach' is neither 'from_scratch' nor the folder"):
-        experiment.initial_run(config)
-    (other_run / "tokenizer.model").unlink()
-    with pytest.raises(UserError, match=r"it lacks tokenizer\.model;"):
-        experiment.initial_run(tiny_config(f"initialization={other_run}"))
-
-
 def test_the_template_is_kept_and_its_file_may_go(tmp_path, tiny_config):
     given, workdir = tmp_path / "mine.txt", tmp_path / "run"
     given.write_text("Of {title}:\n{transcript}\n")
@@ -185,17 +162,17 @@ def test_an_edited_template_is_another_config(tmp_path, tiny_config):
 
 def test_checking_a_run_changes_nothing(tmp_path, tiny_config, other_run):
     before = contents(other_run)
-    experiment.check_run(other_run, tiny_config("eval.exit_threshold=0.5"))
+    runs.check(other_run, tiny_config("eval.exit_threshold=0.5"))
     with pytest.raises(UserError, match=r"another config.*set back seed: 0 -> 1"):
-        experiment.check_run(other_run, tiny_config("seed=1"))
+        runs.check(other_run, tiny_config("seed=1"))
     (other_run / "checkpoints" / "100").rmdir()  # training could take the folder, not evaluation
     with pytest.raises(UserError, match="another config"):
-        experiment.check_run(other_run, tiny_config("seed=1"))
+        runs.check(other_run, tiny_config("seed=1"))
     assert contents(other_run) == before
     with pytest.raises(
         UserError, match=r"lacks config\.json, tokenizer\.model, template\.txt, che"
     ):
-        experiment.check_run(tmp_path / "nothing", tiny_config())
+        runs.check(tmp_path / "nothing", tiny_config())
     assert not (tmp_path / "nothing").exists()
 
 
@@ -262,6 +239,6 @@ def test_the_encoder_follows_the_config(tmp_path, tiny_config, records):
 
 def test_a_checkpoint_that_is_not_whole_does_not_count(tmp_path):
     (tmp_path / "checkpoints" / "250.orbax-checkpoint-tmp").mkdir(parents=True)
-    assert not experiment.has_checkpoint(tmp_path)
+    assert not runs.has_checkpoint(tmp_path)
     (tmp_path / "checkpoints" / "250").mkdir()
-    assert experiment.has_checkpoint(tmp_path)
+    assert runs.has_checkpoint(tmp_path)

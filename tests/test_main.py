@@ -283,7 +283,7 @@ def refused(capfd, status: int) -> str:
         (["eval.test_split=tset"], "has no split 'tset'; did you mean 'test'"),
         (["optim.frozen=('image/.*',)"], "matches no parameter"),
         (["optim.learning_rat=1"], "did you mean 'learning_rate'"),
-        (["initialization=elsewhere"], "is neither 'from_scratch' nor the folder of a run"),
+        (["initialization=elsewhere"], "is neither 'from_scratch', nor the folder of a run"),
     ],
 )
 def test_mistakes_are_one_line_and_status_2_and_can_be_mended(
@@ -305,7 +305,7 @@ def test_mistakes_are_one_line_and_status_2_and_can_be_mended(
         (["optim.frozen=('image/.*',)"], "matches no parameter"),
         (["data.template=deevisun"], "did you mean 'deevisum'"),
         (["data.tokenizer=absent.model"], "tokenizer absent.model is not a file"),
-        (["initialization=elsewhere"], "is neither 'from_scratch' nor the folder of a run"),
+        (["initialization=elsewhere"], "is neither 'from_scratch', nor the folder of a run"),
     ],
 )
 def test_mistakes_that_need_no_data_are_found_before_it_is_built(
@@ -356,7 +356,7 @@ def test_a_run_of_another_width_is_nothing_to_start_from(
     flags = (f"--config.initialization={finished}", "--config.model.variant=wider")
     status = command(tmp_path / "run", *flags)
     line = refused(capfd, status)
-    assert "holds a model of another architecture" in line
+    assert "is a tiny, not model.variant=wider" in line
     assert contents(finished) == before
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 

@@ -15,7 +15,7 @@ import PIL.Image
 
 from deevisum_jax.data import audio, subtitles
 from deevisum_jax.data.prompts import PromptEncoder
-from deevisum_jax.typing import INPUTS
+from deevisum_jax.typing import INPUTS, RESIZES
 
 # Stands for a picture that is left out; close to 0 after the model's scaling to [-1, 1].
 _GRAY = 127
@@ -52,10 +52,12 @@ class SegmentEncoder:
     prompts: PromptEncoder
     num_frames: int  # I, pictures per segment
     image_size: int  # H = W, pixels
+    resize: str = "bilinear"  # of `RESIZES`
     left_out: tuple[str, ...] = ()  # inputs withheld, of `INPUTS`: for ablations
 
     def __post_init__(self) -> None:
         assert set(self.left_out) <= set(INPUTS), self.left_out
+        assert self.resize in RESIZES, self.resize
 
     def frames(self, video: Video, start_s: float, end_s: float) -> np.ndarray:
         """`uint8[I, H, W, 3]`: the stored frames nearest to I evenly spaced instants."""
@@ -66,7 +68,7 @@ class SegmentEncoder:
             start_s + (np.arange(self.num_frames) + 0.5) * (end_s - start_s) / self.num_frames
         )
         nearest = np.abs(np.asarray(video.frame_times)[None] - instants[:, None]).argmin(axis=1)
-        return np.stack([_picture(video.frames[i], size) for i in nearest])
+        return np.stack([_picture(video.frames[i], size, self.resize) for i in nearest])
 
     def sound(self, video: Video, start_s: float, end_s: float) -> str:
         """What a segment sounds like, in words; costs some milliseconds, so keep it."""
@@ -95,13 +97,13 @@ class SegmentEncoder:
         )
 
 
-def _picture(frame: np.ndarray | bytes, size: int) -> np.ndarray:
+def _picture(frame: np.ndarray | bytes, size: int, resize: str) -> np.ndarray:
     image = (
         PIL.Image.open(io.BytesIO(frame))
         if isinstance(frame, bytes)
         else PIL.Image.fromarray(frame)
     )
     if image.size != (size, size):
-        # As big_vision's `resize`: bilinear with antialiasing, aspect not kept.
-        image = image.resize((size, size), PIL.Image.Resampling.BILINEAR)
+        # The aspect is not kept, as in big_vision and in Hugging Face.
+        image = image.resize((size, size), PIL.Image.Resampling[resize.upper()])
     return np.asarray(image.convert("RGB"))

@@ -25,9 +25,9 @@ from deevisum_jax.media import FrameReader, audio_stream, open_media, upright_tu
 # decoding, large enough that a cut between two dark scenes still differs in layout.
 THUMBNAIL_W, THUMBNAIL_H = 32, 18
 
-# swscale's BILINEAR widens its triangle by the reduction factor, as big_vision's and PIL's bilinear
-# with antialias do; FAST_BILINEAR does not.
-_RESIZE = Interpolation.BILINEAR
+# swscale's BILINEAR and BICUBIC widen their kernels by the reduction factor, as big_vision's and
+# PIL's do with antialias; FAST_BILINEAR does not.
+_RESIZES = {"bilinear": Interpolation.BILINEAR, "bicubic": Interpolation.BICUBIC}
 
 # Timestamps are rounded to the container's tick (1 ms in Matroska); a picture counts as on screen
 # this much before its own timestamp, so that frame k of a 24 fps file is met at k / 24 s.
@@ -63,7 +63,11 @@ class DecodedVideo:
 
 
 def decode_video(
-    path: str | os.PathLike, *, frame_rate: float = 2.0, size: tuple[int, int] | None = None
+    path: str | os.PathLike,
+    *,
+    frame_rate: float = 2.0,
+    size: tuple[int, int] | None = None,
+    resize: str = "bilinear",
 ) -> DecodedVideo:
     """Decodes the default video stream once and keeps the frames on screen at k / frame_rate.
 
@@ -73,8 +77,9 @@ def decode_video(
     Args:
       path: the video file (mp4, mkv, webm, avi, and whatever else FFmpeg reads).
       frame_rate: sampled frames per second; above the native rate pictures repeat.
-      size: `(height, width)` in pixels of the upright frames, resized by bilinear with antialias
-        without keeping the aspect; None keeps the native size.
+      size: `(height, width)` in pixels of the upright frames, whose aspect is not kept; None keeps
+        the native size.
+      resize: bilinear or bicubic, with antialias.
 
     Returns:
       The sampled frames; N = ceil(duration_s * frame_rate), at least 1. `change[i]` is the mean
@@ -91,7 +96,7 @@ def decode_video(
     if size is not None and (len(size) != 2 or min(size) < 1):
         raise UserError(f"size must be (height, width) in pixels, both at least 1, got {size}")
 
-    sampler = _Sampler(frame_rate, size)
+    sampler = _Sampler(frame_rate, size, _RESIZES[resize])
     native_times: list[float] = []
     change: list[float] = []
     shrink = VideoReformatter()
@@ -180,9 +185,10 @@ def _last_error(reader: FrameReader) -> str:
 class _Sampler:
     """Keeps the picture on screen at each k / frame_rate while frames pass by once."""
 
-    def __init__(self, frame_rate: float, size: tuple[int, int] | None):
+    def __init__(self, frame_rate: float, size: tuple[int, int] | None, resize: Interpolation):
         self._frame_rate = frame_rate
         self._size = size
+        self._resize = resize
         self._reformatter = VideoReformatter()
         self._on_screen: av.VideoFrame | None = None
         self._pictures: list[np.ndarray | None] = []  # a repeated picture is stored once
@@ -221,7 +227,7 @@ class _Sampler:
 
     def _upright_rgb(self, frame: av.VideoFrame) -> np.ndarray:
         rgb = self._reformatter.reformat(
-            frame, self._target_w, self._target_h, "rgb24", interpolation=_RESIZE
+            frame, self._target_w, self._target_h, "rgb24", interpolation=self._resize
         ).to_ndarray()
         quarter_turns, mirrored = self._turn
         if mirrored:

@@ -148,15 +148,21 @@ def test_hd_colour_matrix_is_honoured(tmp_path):
     np.testing.assert_allclose(decode_video(path).frames[0, 24, 32], [255, 0, 0], atol=3)
 
 
-def test_resize_is_bilinear_with_antialias(tmp_path):
-    noise = np.random.default_rng(0).integers(0, 256, (240, 320, 3)).astype(np.uint8)
-    path = write_video(tmp_path / "noise.mkv", noise[None], codec="ffv1", pix_fmt="bgra")
-    ours = decode_video(path, size=(60, 100)).frames[0].astype(int)
-    image = Image.fromarray(noise)
-    smooth = np.asarray(image.resize((100, 60), Image.Resampling.BILINEAR)).astype(int)
-    aliased = np.asarray(image.resize((100, 60), Image.Resampling.NEAREST)).astype(int)
-    assert np.abs(ours - smooth).mean() < 3  # FFmpeg halves the chroma of RGB on the way
-    assert np.abs(ours - aliased).mean() > 30
+@pytest.mark.parametrize(("resize", "other"), [("bilinear", "bicubic"), ("bicubic", "bilinear")])
+def test_pictures_are_resized_with_the_kernel_asked_for_and_antialias(tmp_path, resize, other):
+    # Gray, since FFmpeg halves the chroma of RGB on the way.
+    gray = np.random.default_rng(0).integers(0, 256, (240, 320, 1)).astype(np.uint8).repeat(3, 2)
+    path = write_video(tmp_path / "noise.mkv", gray[None], codec="ffv1", pix_fmt="bgra")
+    ours = decode_video(path, size=(60, 100), resize=resize).frames[0].astype(int)
+
+    def difference(kernel: str) -> float:
+        pil = Image.fromarray(gray).resize((100, 60), Image.Resampling[kernel.upper()])
+        return np.abs(ours - np.asarray(pil).astype(int)).mean()
+
+    # Of 255. PIL's cubic has a = -0.5, FFmpeg's -0.6.
+    assert difference(resize) < 1
+    assert difference(other) > 3
+    assert difference("nearest") > 30
 
 
 def test_change_peaks_exactly_at_hard_cuts(tmp_path):

@@ -1,0 +1,289 @@
+"""What a run can start from, and what a config that leaves things open takes over from there."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from deevisum_jax import checkpoints, experiment, export, initialization, main, runs, sharding
+from deevisum_jax import config as config_lib
+from deevisum_jax.convert import released
+from deevisum_jax.data import tokenizer
+from deevisum_jax.errors import UserError
+from deevisum_jax.models import paligemma2
+from tests.conftest import TINY_CONFIG, TINY_MESH
+from tests.convert.trees import write_big_vision, write_hugging_face
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory) -> pathlib.Path:
+    """A tokenizer that stands for paligemma_tokenizer.model."""
+    path = tmp_path_factory.mktemp("tokenizer") / "paligemma_tokenizer.model"
+    texts = ["title a red ball", "talk two dogs", "sound loud applause", "yes silence", "no end"]
+    tokenizer.train_tokenizer(texts, path, vocab_size=300)
+    return path
+
+
+@pytest.fixture(scope="module")
+def config(tokens):
+    """The tiny model with that many rows."""
+    rows = -(-tokenizer.load_tokenizer(tokens).vocab_size // 128) * 128
+    return paligemma2.get_config("tiny", llm={"vocab_size": rows})
+
+
+@pytest.fixture(scope="module")
+def weights(config):
+    """Parameters of it, without exit heads."""
+    return paligemma2.init_params(config, jax.random.key(7))
+
+
+@pytest.fixture(scope="module")
+def npz(config, weights, tmp_path_factory) -> str:
+    """A checkpoint of big_vision."""
+    return write_big_vision(tmp_path_factory.mktemp("npz") / "pt_tiny_28.npz", weights, config)
+
+
+@pytest.fixture(scope="module")
+def folder(config, weights, tokens, tmp_path_factory) -> str:
+    """A checkpoint of Hugging Face, with its tokenizer."""
+    return write_hugging_face(tmp_path_factory.mktemp("hf") / "tiny", weights, config, tokens)
+
+
+@pytest.fixture
+def start_config(tiny_config):
+    """A config that starts from somewhere and leaves the rest open."""
+
+    def make(initialization: str, *overrides: str) -> config_lib.Config:
+        return tiny_config(f"initialization={initialization}", *overrides)
+
+    return make
+
+
+def load(config: config_lib.Config, model: paligemma2.PaliGemma2Config):
+    """All parameters as training places them."""
+    return initialization.find(config).load(model, on_the_mesh(model), jax.random.key(0))
+
+
+def on_the_mesh(model: paligemma2.PaliGemma2Config):
+    shapes = paligemma2.abstract_params(model)
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    return sharding.abstract(shapes, sharding.param_shardings(shapes, mesh))
+
+
+def assert_same(params, weights):
+    jax.tree.map(
+        np.testing.assert_array_equal, {name: params[name] for name in ("img", "llm")}, weights
+    )
+
+
+def test_weights_of_big_vision_land_on_the_mesh_with_fresh_exits(
+    npz, config, weights, start_config
+):
+    model = dataclasses.replace(config, exit_layers=(2, 4))
+    params = load(start_config(npz), model)
+    assert_same(params, weights)
+    assert params["llm"]["layers"]["mlp"]["linear"].sharding.spec == P(None, "tensor", "fsdp")
+    fresh = paligemma2.init_params(model, jax.random.key(0))["exits"]
+    # Compiled alone, the last bit of a draw may differ.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params["exits"], fresh)
+
+
+def test_weights_of_hugging_face_are_the_same(folder, config, weights, start_config):
+    assert_same(load(start_config(folder), config), weights)
+
+
+def test_converted_weights_are_the_same(npz, tokens, config, weights, start_config, tmp_path):
+    source = export.open_source(npz, tokenizer_path=str(tokens))
+    export.convert_weights(source, tmp_path / "weights")
+    given = start_config(str(tmp_path / "weights"))
+    assert_same(load(given, config), weights)
+    start = initialization.find(given)
+    assert start.tokenizer().vocab_size == tokenizer.load_tokenizer(tokens).vocab_size
+    report = json.loads((tmp_path / "weights" / "report.json").read_text())
+    assert len(report) == 34
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted"), [("npz", (28, 0.0, 0, "bilinear")), ("folder", (28, 30.0, 4096, "bicubic"))]
+)
+def test_what_the_config_leaves_open_follows_the_source(
+    kind, wanted, start_config, tmp_path, request
+):
+    given = start_config(request.getfixturevalue(kind))
+    settled = initialization.settle(given, tmp_path)
+    model = settled.model
+    found = (
+        model.image_size,
+        model.final_logits_softcap,
+        model.sliding_window,
+        settled.data.resize,
+    )
+    assert found == wanted
+    # What is said stands.
+    said = ("model.final_logits_softcap=5", "model.sliding_window=0", "data.resize=bilinear")
+    settled = initialization.settle(start_config(given.initialization, *said), tmp_path)
+    assert settled.model.final_logits_softcap == 5
+    assert settled.model.sliding_window == 0
+    assert settled.data.resize == "bilinear"
+
+
+def test_a_run_keeps_its_settings_when_its_source_is_gone(folder, start_config, tmp_path):
+    workdir = tmp_path / "run"
+    runs.claim(workdir, initialization.settle(start_config(folder), workdir))
+    (workdir / "checkpoints" / "2").mkdir(parents=True)
+    gone = start_config(str(tmp_path / "gone"))
+    assert initialization.settle(gone, workdir).model.sliding_window == 4096
+
+
+def test_from_scratch_the_variant_s_own_settings_stand(tiny_config, tmp_path):
+    settled = initialization.settle(tiny_config(), tmp_path)
+    assert settled.model.image_size == 28
+    assert (settled.model.final_logits_softcap, settled.model.sliding_window) == (0, 0)
+    assert settled.data.resize == "bilinear"
+
+
+def test_a_resumed_run_of_another_image_size_is_refused(tiny_config, tmp_path):
+    runs.claim(tmp_path, initialization.settle(tiny_config(), tmp_path))
+    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"set back model\.image_size: 28 -> 56"):
+        runs.claim(tmp_path, initialization.settle(tiny_config("model.image_size=56"), tmp_path))
+
+
+def test_weights_serve_pictures_of_another_size(npz, config, weights, start_config):
+    larger = paligemma2.get_config(
+        "tiny", img={"image_size": 56}, llm={"vocab_size": config.llm.vocab_size}
+    )
+    params = load(start_config(npz, "model.image_size=56"), larger)
+    assert params["img"]["pos_embedding"].shape == (1, 16, 16)
+    del params["img"]["pos_embedding"]
+    rest = {**weights, "img": {k: v for k, v in weights["img"].items() if k != "pos_embedding"}}
+    assert_same(params, rest)
+
+
+def check(config: config_lib.Config, vocab_size: int | None = None) -> None:
+    initialization.find(config).check(config, vocab_size)
+
+
+def test_another_variant_is_named(npz, folder, tokens, start_config, tmp_path):
+    export.convert_weights(export.open_source(npz), tmp_path / "weights")
+    for source in (npz, folder):
+        with pytest.raises(UserError, match=r"is a tiny, not the model .*set model\.variant=tiny"):
+            check(start_config(source, "model.variant=quickstart_student"))
+    with pytest.raises(UserError, match=r"is a tiny, not model\.variant=quickstart_student"):
+        check(start_config(str(tmp_path / "weights"), "model.variant=quickstart_student"))
+
+
+def test_a_tokenizer_is_demanded(npz, start_config, tmp_path):
+    export.convert_weights(export.open_source(npz), tmp_path / "weights")
+    for source in (npz, tmp_path / "weights"):
+        with pytest.raises(UserError, match=r"brings no tokenizer.*give data\.tokenizer"):
+            check(start_config(str(source)))
+
+
+def test_a_tokenizer_of_other_pieces_is_refused(npz, folder, config, start_config, tmp_path):
+    export.convert_weights(export.open_source(npz), tmp_path / "weights")
+    rows = config.llm.vocab_size
+    for source in (npz, folder):
+        check(start_config(source), rows)
+        with pytest.raises(UserError, match=rf"its token table has \d+ rows, .* {rows + 128}, so"):
+            check(start_config(source), rows + 128)
+    with pytest.raises(UserError, match=rf"has a vocabulary of {rows}, .* of {rows - 128};"):
+        check(start_config(str(tmp_path / "weights")), rows - 128)
+
+
+def test_converted_weights_keep_their_image_size(npz, start_config, tmp_path):
+    export.convert_weights(export.open_source(npz, image_size=56), tmp_path / "weights")
+    given = start_config(str(tmp_path / "weights"))
+    assert initialization.settle(given, tmp_path).model.image_size == 56
+    with pytest.raises(UserError, match=r"converted for pictures of 56 .* --image_size 28"):
+        check(start_config(str(tmp_path / "weights"), "model.image_size=28"))
+
+
+def test_nothing_to_start_from_is_named(start_config, tmp_path):
+    with pytest.raises(UserError, match="'from_scrach' is neither 'from_scratch', nor the folder"):
+        initialization.find(start_config("from_scrach"))
+    with pytest.raises(UserError, match=r"gone\.npz does not exist"):
+        initialization.find(start_config(str(tmp_path / "gone.npz")))
+
+
+def test_damaged_facts_of_converted_weights_are_refused(npz, start_config, tmp_path):
+    export.convert_weights(export.open_source(npz), tmp_path / "weights")
+    (tmp_path / "weights" / "weights.json").write_text('{"format": 1}')
+    with pytest.raises(UserError, match=r"weights\.json is not of this version; run scripts/conv"):
+        initialization.settle(start_config(str(tmp_path / "weights")), tmp_path)
+
+
+@pytest.fixture
+def other_run(tmp_path, tiny_config) -> pathlib.Path:
+    """A run as far as one can start from it, with a tokenizer of its own."""
+    folder = tmp_path / "other"
+    runs.claim(folder, tiny_config())
+    experiment.make_template(tiny_config(), folder)
+    tokenizer.train_tokenizer(["quite", "another"], folder / "tokenizer.model", vocab_size=280)
+    (folder / "checkpoints" / "100").mkdir(parents=True)
+    return folder
+
+
+def test_a_run_cannot_start_from_another_with_other_pieces(tmp_path, start_config, other_run):
+    given = tmp_path / "given.model"
+    tokenizer.train_tokenizer(["yes", "no"], given, vocab_size=280)
+    with pytest.raises(UserError, match=r"is not the tokenizer of .* leave data\.tokenizer empty"):
+        check(start_config(str(other_run), f"data.tokenizer={given}"))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.exit_layers=(3, 4)", r"\(2, 4\), not after model\.exit_layers=\(3, 4\)"),
+        ("model.variant=quickstart_student", r"is a tiny, not model\.variant=quickstart_student"),
+        ("model.image_size=56", r"trained on pictures of 28 pixels, not of model\.image_size=56"),
+    ],
+)
+def test_a_run_of_another_model_is_no_start(start_config, other_run, override, message):
+    with pytest.raises(UserError, match=message):
+        check(start_config(str(other_run), override))
+
+
+def test_a_run_that_misses_a_part_is_no_start(start_config, other_run):
+    (other_run / "tokenizer.model").unlink()
+    with pytest.raises(UserError, match=r"it lacks tokenizer\.model\)"):
+        initialization.find(start_config(str(other_run)))
+
+
+def test_training_starts_from_released_weights_and_keeps_what_export_needs(
+    folder, tokens, weights, data_dir, tmp_path, compile_once
+):
+    workdir = tmp_path / "run"
+    overrides = (
+        f"initialization={folder}",
+        f"data.data_dir={data_dir}",
+        *TINY_MESH,
+        "data.text_len=300",  # so small a tokenizer spells most words out
+        "total_steps=1",
+        "optim.warmup_steps=0",
+        "optim.learning_rate=1e-30",
+        "eval.ablate_inputs=False",
+    )
+    flags = [f"--config.{override}" for override in overrides]
+    assert main.main(["--config", str(TINY_CONFIG), "--workdir", str(workdir), *flags]) == 0
+    kept = json.loads((workdir / "config.json").read_text())
+    assert kept["model"]["final_logits_softcap"] == 30
+    assert kept["model"]["sliding_window"] == 4096
+    assert kept["data"]["resize"] == "bicubic"
+    theirs = released.open_released(folder)
+    model = experiment.model_config(
+        config_lib.load(workdir / "config.json"), tokenizer.load_tokenizer(tokens)
+    )
+    np.testing.assert_array_equal(initialization.read_padding(workdir), theirs.vocab_padding(model))
+    with checkpoints.Checkpoints(workdir / "checkpoints") as saved:
+        params = saved.restore_params(saved.best_step, on_the_mesh(model))
+    # After one step of no length.
+    jax.tree.map(
+        lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=1e-6),
+        {name: params[name] for name in ("img", "llm")},
+        weights,
+    )
