@@ -1,0 +1,311 @@
+"""Parameters on their way out: as a Hugging Face folder, as a big_vision npz, as our own weights.
+
+What goes out is a trained run, converted weights, or a released checkpoint that only changes its
+form. The scripts `export_hf.py`, `export_big_vision.py` and `convert_weights.py` are this module's
+flags.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from deevisum_jax import config as config_lib
+from deevisum_jax import experiment, initialization, runs, sharding
+from deevisum_jax.config import Config
+from deevisum_jax.convert import big_vision, hf_folder, huggingface, npz, released, safetensors
+from deevisum_jax.convert.released import Released
+from deevisum_jax.convert.rows import Converted, spill
+from deevisum_jax.convert.tensors import ArrayTensor, Tensor, cast, named_dtype
+from deevisum_jax.data import prompts, tokenizer
+from deevisum_jax.data.tokenizer import Tokenizer
+from deevisum_jax.errors import UserError
+from deevisum_jax.files import exists, whole_folder, write_whole
+from deevisum_jax.initialization import FromReleased, FromRun, Weights
+from deevisum_jax.models import paligemma2
+from deevisum_jax.models.paligemma2 import PaliGemma2Config, Params
+
+HEADS_FILE = "deevisum_heads.safetensors"
+MODELING_FILE = "modeling_deevisum.py"
+_DEEVISUM_FORMAT = 1  # of config.json's section and of HEADS_FILE
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """What goes out, its parameters not read yet."""
+
+    path: str
+    config: PaliGemma2Config
+    resize: str  # of `typing.RESIZES`
+    tokens: Tokenizer | None
+    start: FromRun | FromReleased | Weights
+    run: Config | None  # None: weights that nothing of ours was trained on
+
+    def load(self) -> Params:
+        """All parameters, over all devices of this process."""
+        shapes = paligemma2.abstract_params(self.config)
+        shardings = sharding.param_shardings(shapes, sharding.fitting_mesh(shapes))
+        abstract = sharding.abstract(shapes, shardings)
+        return self.start.load(self.config, abstract, jax.random.key(0))
+
+    @property
+    def from_google(self) -> bool:
+        """Whether the weights descend from released ones; so do those whose line is lost."""
+        run = self.run
+        seen = set()
+        while run is not None and run.initialization not in seen:
+            if run.initialization == config_lib.FROM_SCRATCH:
+                return False
+            seen.add(run.initialization)
+            earlier = pathlib.Path(run.initialization).expanduser()
+            run = None if runs.missing_parts(earlier) else FromRun(earlier).config
+        return True
+
+
+def open_source(
+    checkpoint: str,
+    *,
+    tokenizer_path: str = "",
+    image_size: int | None = None,
+    dtype: str = "",
+) -> Source:
+    """Opens a run, converted weights, or a released checkpoint.
+
+    Args:
+      checkpoint: a folder of the first two kinds, an .npz of big_vision or a Hugging Face folder.
+      tokenizer_path: of weights that bring none.
+      image_size: of a released checkpoint, whose position embeddings are resampled to it.
+      dtype: of a released checkpoint's parameters; "" = the one that holds all of them.
+
+    Raises:
+      UserError: there is no such checkpoint, or it does not fit what is asked of it.
+    """
+    folder = pathlib.Path(checkpoint).expanduser()
+    is_released = False
+    if not runs.missing_parts(folder):
+        start = FromRun(folder)
+        run, tokens = start.config, start.tokenizer()
+        config, resize = experiment.model_config(run, tokens), start.settings.resize
+    elif exists(folder / initialization.WEIGHTS_FILE):
+        start, run = Weights(folder), None
+        tokens, config, resize = start.tokenizer(), start.model_config(), start.settings.resize
+    elif released.is_released(checkpoint):
+        is_released = True
+        found = released.open_released(checkpoint)
+        start, run = FromReleased(found), None
+        tokens, resize = found.tokenizer(), found.facts.resize
+        config = found.config(image_size=image_size, dtype=dtype)
+    else:
+        raise UserError(
+            f"{checkpoint} is no run of ours (it lacks {', '.join(runs.missing_parts(folder))}), "
+            "no converted weights, no .npz of big_vision and no Hugging Face folder of PaliGemma "
+            "2; give one of them"
+        )
+    if not is_released and (image_size or dtype):
+        raise UserError(
+            f"{checkpoint} is as it was made; image size and dtype are only chosen for released "
+            "checkpoints"
+        )
+    if tokenizer_path:
+        given = tokenizer.load_tokenizer(tokenizer_path)
+        if run is not None:
+            raise UserError(f"{checkpoint} is a run and has its tokenizer; leave --tokenizer out")
+        if not 0 <= config.llm.vocab_size - given.vocab_size < 128:
+            raise UserError(
+                f"tokenizer {tokenizer_path} has {given.vocab_size} pieces, the model "
+                f"{config.llm.vocab_size} rows; give the tokenizer of these weights"
+            )
+        tokens = given
+    return Source(
+        path=checkpoint, config=config, resize=resize, tokens=tokens, start=start, run=run
+    )
+
+
+def convert_weights(source: Source, out: pathlib.Path) -> list[Converted]:
+    """Writes a released checkpoint as converted weights; returns the report of every tensor.
+
+    Raises:
+      UserError: it is not released, does not fit, is damaged, or `out` cannot be written.
+    """
+    found = _demand_released(source)
+    report = found.match(source.config)
+    with whole_folder(out) as folder:
+        initialization.save_weights(
+            folder,
+            source.load(),
+            source.config,
+            variant=found.variant,
+            resize=source.resize,
+            source=found.path,
+            report=report,
+            tokens=source.tokens,
+            padding=source.start.vocab_padding(source.config),
+        )
+    return report
+
+
+def report_of(source: Source) -> list[Converted]:
+    """The report that `convert_weights` would give; reads headers only and writes nothing."""
+    return _demand_released(source).match(source.config)
+
+
+def export_big_vision(source: Source, out: pathlib.Path, *, dtype: str = "") -> None:
+    """Writes an npz that big_vision's loader takes; exit heads have no place there.
+
+    Args:
+      source: what goes out.
+      out: a new file that ends in .npz.
+      dtype: of the file; "" = as the parameters are.
+
+    Raises:
+      UserError: `out` is there or cannot be written; or what reading the parameters raises.
+    """
+    if out.suffix != ".npz":
+        raise UserError(f"{out} does not end in .npz, by which big_vision knows its checkpoints")
+    if out.exists():
+        raise UserError(f"{out} is there already; give --out a new name")
+    tensors = spill(_towers(source.load()), big_vision.paligemma2_rows(source.config))
+    npz.write_npz(out, big_vision.with_prefix(_in_dtype(tensors, dtype)))
+
+
+def export_hf(
+    source: Source,
+    out: pathlib.Path,
+    *,
+    dtype: str = "",
+    max_shard_bytes: int = 5 * 10**9,
+    title: str = "",
+) -> None:
+    """Writes a folder that transformers loads, exit heads and their PyTorch model included.
+
+    Args:
+      source: what goes out.
+      out: a folder, new or empty.
+      dtype: of the weights; "" = as the parameters are.
+      max_shard_bytes: of a file of weights.
+      title: of the model card; "" = the name of `out`.
+
+    Raises:
+      UserError: there is no tokenizer; `out` cannot be written; or what reading the parameters
+        raises.
+    """
+    config, tokens = source.config, source.tokens
+    if tokens is None:
+        raise UserError(
+            f"{source.path} brings no tokenizer, without which transformers cannot use it; give "
+            "--tokenizer the path of paligemma_tokenizer.model (docs/WEIGHTS.md says where it is)"
+        )
+    with whole_folder(out) as folder:
+        params = source.load()
+        padding = source.start.vocab_padding(config)
+        table_rows = hf_folder.padded_vocab(config, tokens)
+        if padding is None:
+            padding = huggingface.mean_rows(params, table_rows - config.llm.vocab_size)
+        tensors = spill(_towers(params), huggingface.paligemma2_rows(config))
+        tensors = huggingface.padded(tensors, padding)
+        tensors = {huggingface.released_name(name): tensor for name, tensor in tensors.items()}
+        safetensors.write_safetensors(
+            folder, _in_dtype(tensors, dtype), max_shard_bytes=max_shard_bytes
+        )
+        section = None
+        if config.exit_layers:
+            section = _deevisum_section(source)
+            _write_heads(folder, params["exits"])
+        report = _read_report(source)
+        card = hf_folder.model_card(
+            config,
+            title=title or out.resolve().name,
+            deevisum=section,
+            report=report,
+            dataset=source.run.data.dataset if source.run else None,
+            base_model=_base_model(source),
+            gemma_terms=source.from_google,
+        )
+        hf_folder.write_folder(
+            folder,
+            config=config,
+            tokenizer=tokens,
+            table_rows=config.llm.vocab_size + len(padding),
+            dtype=dtype or config.param_dtype,
+            resize=source.resize,
+            deevisum=section,
+            card=card,
+            gemma_terms=source.from_google,
+        )
+
+
+def _demand_released(source: Source) -> Released:
+    if not isinstance(source.start, FromReleased):
+        raise UserError(
+            f"{source.path} is in our own form already; train with initialization={source.path}, "
+            "or export it with scripts/export_hf.py or scripts/export_big_vision.py"
+        )
+    return source.start.checkpoint
+
+
+def _towers(params: Params) -> Params:
+    return {name: params[name] for name in ("img", "llm")}
+
+
+def _in_dtype(tensors: Mapping[str, Tensor], dtype: str) -> Mapping[str, Tensor]:
+    if not dtype:
+        return tensors
+    return {name: cast(tensor, named_dtype(dtype)) for name, tensor in tensors.items()}
+
+
+def _deevisum_section(source: Source) -> dict[str, Any]:
+    """What modeling_deevisum.py needs to know besides sizes."""
+    run = source.run
+    template = prompts.load_template(str(source.start.folder / runs.TEMPLATE_FILE))
+    encoder = experiment.make_encoder(run, source.tokens, template, source.config.img.image_size)
+    return {
+        "format": _DEEVISUM_FORMAT,
+        "exit_layers": list(source.config.exit_layers),
+        "exit_threshold": run.eval.exit_threshold,
+        "label_tokens": list(encoder.prompts.label_tokens),
+        "prompt_template": template.text,
+        "num_frames": run.data.num_frames,
+        "segment_s": run.data.segment_s,
+        "text_len": run.data.text_len,
+        "resize": source.resize,
+    }
+
+
+def _write_heads(folder: pathlib.Path, exits: Params) -> None:
+    """The exit heads, in our own layout, and the PyTorch model that reads them."""
+    safetensors.write_safetensors_file(
+        folder / HEADS_FILE,
+        {
+            f"exits.{name}": ArrayTensor(np.asarray(leaf))
+            for name, leaf in flatten_dict(exits, sep=".").items()
+        },
+    )
+    code = importlib.resources.files("deevisum_jax.convert") / "torch" / MODELING_FILE
+    write_whole(folder / MODELING_FILE, code.read_text(encoding="utf-8"))
+
+
+def _read_report(source: Source) -> dict[str, Any] | None:
+    if source.run is None:
+        return None
+    file = source.start.folder / "report.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def _base_model(source: Source) -> str | None:
+    """The name that Google's weights of these sizes have on the Hub."""
+    if not source.from_google:
+        return None
+    sizes = hf_folder.sizes_of(source.config)
+    for name, config in paligemma2.VARIANTS.items():
+        if name.startswith("paligemma2_") and hf_folder.sizes_of(config) == sizes:
+            size = name.removeprefix("paligemma2_")
+            return f"google/paligemma2-{size}-pt-{source.config.img.image_size}"
+    return None

@@ -1,0 +1,81 @@
+"""A Hugging Face folder of a run or of weights: `python scripts/export_hf.py --help`."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import absl.logging
+
+from deevisum_jax import export
+from deevisum_jax.errors import exits_cleanly
+from deevisum_jax.models.pytree import DTYPES
+
+_EXAMPLES = """\
+examples:
+  python scripts/export_hf.py --checkpoint runs/quickstart --out exported/quickstart
+  python scripts/export_hf.py --checkpoint pt_3b_224.npz --tokenizer paligemma_tokenizer.model \\
+      --out exported/pt_3b_224 --dtype bfloat16
+
+In Python:
+  PaliGemmaForConditionalGeneration.from_pretrained("exported/quickstart")
+  AutoModel.from_pretrained("exported/quickstart", trust_remote_code=True)  # scores, leaves early
+
+Exit status: 0 done, 2 a mistake in what was given (one line says which, and the next step).
+"""
+
+
+@exits_cleanly
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python scripts/export_hf.py",
+        description="Writes a checkpoint that transformers loads, exit heads included.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "--checkpoint",
+        required=True,
+        metavar="PATH",
+        help="a run's workdir (its best checkpoint), converted weights, an .npz of big_vision, or "
+        "another folder of Hugging Face",
+    )
+    add("--out", required=True, type=pathlib.Path, metavar="DIR", help="a folder, new or empty")
+    add("--dtype", default="", choices=DTYPES, help="of the weights; default: as they are")
+    add(
+        "--tokenizer",
+        default="",
+        metavar="FILE",
+        help="paligemma_tokenizer.model, for weights that bring none",
+    )
+    add("--title", default="", help="heading of the model card; default: the folder's name")
+    add(
+        "--max_shard_gb",
+        type=float,
+        default=5.0,
+        metavar="GB",
+        help="largest file of weights, in 10^9 bytes (5)",
+    )
+    args = parser.parse_args(argv)
+    if not args.max_shard_gb > 0:
+        parser.error(f"--max_shard_gb {args.max_shard_gb} is not above 0")
+    # Orbax warns of much that is as it should be.
+    absl.logging.set_verbosity(absl.logging.ERROR)
+    export.export_hf(
+        export.open_source(args.checkpoint, tokenizer_path=args.tokenizer),
+        args.out,
+        dtype=args.dtype,
+        max_shard_bytes=int(args.max_shard_gb * 10**9),
+        title=args.title,
+    )
+    print(f"{args.out}: load it with transformers; README.md there says how")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
