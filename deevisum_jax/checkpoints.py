@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 import grain
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
@@ -24,6 +28,8 @@ from deevisum_jax.optim import Params
 from deevisum_jax.train_step import TrainState
 
 BEST_METRIC = "tau"
+_CHUNK_BYTES = 256 * 2**20  # of stored weights
+_GROUP_BYTES = 2**30  # of weights restored at a time
 
 
 class Checkpoints:
@@ -172,25 +178,71 @@ class Checkpoints:
 
 
 def save_weights(folder: pathlib.Path, params: Params) -> None:
-    """Parameters alone, outside of any run; `folder` must not be there."""
-    with ocp.StandardCheckpointer() as saver:
-        saver.save(folder.absolute(), params)
+    """Parameters alone, outside of any run; `folder` must not be there.
+
+    Memory beyond the parameters: about the largest of them.
+    """
+    largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
+    handler = ocp.PyTreeCheckpointHandler(
+        save_concurrent_gb=largest / 1e9 + 1e-3,  # less than the largest, and Orbax refuses it
+        # Little is gained on weights, and the compressor's buffers are as large as they.
+        use_compression=False,
+    )
+    # In small chunks, of which a process reads those that its devices hold.
+    chunked = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), params)
+    with ocp.Checkpointer(handler) as saver:
+        saver.save(folder.absolute(), args=ocp.args.PyTreeSave(params, save_args=chunked))
 
 
-def restore_weights(folder: pathlib.Path, abstract: Params) -> Params:
+def restore_weights(folder: epath.Path, abstract: Params) -> Params:
     """What `save_weights` wrote, onto the shapes, dtypes and shardings of `abstract`.
+
+    The folder may have been copied into a bucket. Memory beyond the result: about the largest
+    parameter, which is read first, when there is most room.
 
     Raises:
       UserError: the folder is not there or damaged, or holds another architecture.
     """
-    with _reading(folder, "convert the weights again"), ocp.StandardCheckpointer() as loader:
-        stored = loader.metadata(folder.absolute()).item_metadata.tree
-        _check_shapes(stored, abstract, folder)
-        return loader.restore(folder.absolute(), abstract)
+    if "://" not in os.fspath(folder):
+        folder = folder.absolute()  # Orbax takes no other
+    wanted = flatten_dict(abstract)
+    restored = {}
+    with (
+        _reading(folder, "convert the weights again"),
+        ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as loader,
+    ):
+        _check_shapes(loader.metadata(folder).item_metadata.tree, abstract, folder)
+        for paths in _in_groups(wanted):
+            some = unflatten_dict(
+                {path: leaf if path in paths else ocp.PLACEHOLDER for path, leaf in wanted.items()}
+            )
+            found = loader.restore(
+                folder,
+                args=ocp.args.PyTreeRestore(
+                    item=some, restore_args=ocp.checkpoint_utils.construct_restore_args(some)
+                ),
+            )
+            found = flatten_dict(found)
+            restored |= {path: jax.block_until_ready(found[path]) for path in paths}
+    return unflatten_dict({path: restored[path] for path in wanted})
+
+
+def _in_groups(leaves: dict[tuple[str, ...], Any]) -> list[list[tuple[str, ...]]]:
+    """Paths of at most `_GROUP_BYTES` together, or of one larger leaf; the largest first."""
+    groups: list[list[tuple[str, ...]]] = []
+    room = 0
+    for path in sorted(leaves, key=lambda path: -leaves[path].size):
+        size = leaves[path].size * np.dtype(leaves[path].dtype).itemsize
+        if not groups or size > room:
+            groups.append([])
+            room = _GROUP_BYTES
+        groups[-1].append(path)
+        room -= size
+    return groups
 
 
 @contextlib.contextmanager
-def _reading(folder: pathlib.Path, advice: str) -> Iterator[None]:
+def _reading(folder: os.PathLike, advice: str) -> Iterator[None]:
     """Orbax, tensorstore and Grain raise what they like, over a damaged file or otherwise."""
     try:
         yield
@@ -203,7 +255,7 @@ def _reading(folder: pathlib.Path, advice: str) -> Iterator[None]:
         ) from error
 
 
-def _check_shapes(stored_tree: Any, abstract: Params, folder: pathlib.Path) -> None:
+def _check_shapes(stored_tree: Any, abstract: Params, folder: os.PathLike) -> None:
     """Compares names and shapes before any array is read."""
     stored = flatten_dict(stored_tree, sep="/")
     stored = {path: tuple(leaf.shape) for path, leaf in stored.items()}

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from flax.traverse_util import flatten_dict
 
 from deevisum_jax import config as config_lib
@@ -28,7 +29,7 @@ from deevisum_jax.convert.tensors import ArrayTensor, Tensor, cast, named_dtype
 from deevisum_jax.data import prompts, tokenizer
 from deevisum_jax.data.tokenizer import Tokenizer
 from deevisum_jax.errors import UserError
-from deevisum_jax.files import exists, whole_folder, write_whole
+from deevisum_jax.files import whole_folder, write_whole
 from deevisum_jax.initialization import FromReleased, FromRun, Weights
 from deevisum_jax.models import paligemma2
 from deevisum_jax.models.paligemma2 import PaliGemma2Config, Params
@@ -94,8 +95,8 @@ def open_source(
         start = FromRun(folder)
         run, tokens = start.config, start.tokenizer()
         config, resize = experiment.model_config(run, tokens), start.settings.resize
-    elif exists(folder / initialization.WEIGHTS_FILE):
-        start, run = Weights(folder), None
+    elif initialization.is_weights(checkpoint):
+        start, run = Weights(epath.Path(checkpoint).expanduser()), None
         tokens, config, resize = start.tokenizer(), start.model_config(), start.settings.resize
     elif released.is_released(checkpoint):
         is_released = True

@@ -87,6 +87,11 @@ def writing(out: pathlib.Path) -> Iterator[None]:
 
 
 def exists(path: epath.Path) -> bool:
+    """Whether there is such a file or folder, in a bucket or not.
+
+    Raises:
+      UserError: nobody can tell; for want of a client for that kind of bucket, for instance.
+    """
     try:
         return path.exists()
     except _NO_ACCESS as error:

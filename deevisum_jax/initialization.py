@@ -13,6 +13,7 @@ from typing import Protocol
 
 import jax
 import numpy as np
+from etils import epath
 
 from deevisum_jax import checkpoints, runs
 from deevisum_jax import config as config_lib
@@ -24,7 +25,7 @@ from deevisum_jax.convert.tensors import ArrayTensor, read
 from deevisum_jax.data import tokenizer
 from deevisum_jax.data.tokenizer import Tokenizer
 from deevisum_jax.errors import UserError
-from deevisum_jax.files import write_whole
+from deevisum_jax.files import exists, write_whole
 from deevisum_jax.models import paligemma2
 from deevisum_jax.models.paligemma2 import PaliGemma2Config, Params
 
@@ -90,11 +91,11 @@ def find(config: Config) -> Start | None:
     given = config.initialization
     if given == config_lib.FROM_SCRATCH:
         return None
-    folder = pathlib.Path(given).expanduser()
-    if (folder / WEIGHTS_FILE).exists():
-        return Weights(folder)
+    if is_weights(given):
+        return Weights(epath.Path(given).expanduser())
     if released.is_released(given):
         return FromReleased(released.open_released(given))
+    folder = pathlib.Path(given).expanduser()
     if missing := runs.missing_parts(folder):
         raise UserError(
             f"initialization={given!r} is neither {config_lib.FROM_SCRATCH!r}, nor the folder of a "
@@ -103,6 +104,11 @@ def find(config: Config) -> Start | None:
             "give one of them"
         )
     return FromRun(folder)
+
+
+def is_weights(path: str) -> bool:
+    """Whether a path is the folder of converted weights, in a bucket or not."""
+    return exists(epath.Path(path).expanduser() / WEIGHTS_FILE)
 
 
 def settle(config: Config, workdir: pathlib.Path) -> Config:
@@ -261,7 +267,7 @@ class Weights:
     Orbax reads it faster than the release was read, each process what its devices hold.
     """
 
-    folder: pathlib.Path
+    folder: epath.Path  # it may have been copied into a bucket
 
     @property
     def facts(self) -> dict:
@@ -317,7 +323,7 @@ class Weights:
     def tokenizer(self) -> Tokenizer | None:
         """As `Start.tokenizer`."""
         file = self.folder / runs.TOKENIZER_FILE
-        return tokenizer.load_tokenizer(file) if file.exists() else None
+        return tokenizer.parse_tokenizer(file.read_bytes(), str(file)) if exists(file) else None
 
     def load(self, config: PaliGemma2Config, abstract: Params, key: jax.Array) -> Params:
         """As `Start.load`."""
@@ -381,10 +387,10 @@ def write_padding(folder: pathlib.Path, padding: np.ndarray | None) -> None:
         )
 
 
-def read_padding(folder: pathlib.Path) -> np.ndarray | None:
+def read_padding(folder: pathlib.Path | epath.Path) -> np.ndarray | None:
     """What `write_padding` kept."""
-    file = folder / runs.PADDING_FILE
-    return read(safetensors.open_safetensors(file)["rows"]) if file.exists() else None
+    file = epath.Path(folder) / runs.PADDING_FILE
+    return read(safetensors.open_safetensors(file)["rows"]) if exists(file) else None
 
 
 def _demand_vocab_size(config: Config, found: int | None) -> int:

@@ -22,7 +22,8 @@ from deevisum_jax.errors import UserError
 from deevisum_jax.models.pytree import Params
 from deevisum_jax.models.siglip import resample_pos_embedding
 
-_NUM_THREADS = 4  # readers of one parameter's parts
+_NUM_FILLED = 2  # parameters on their way at a time: touching fresh memory is half of the work
+_NUM_READERS = 4  # of their parts
 _STRIP = 64  # columns that a transposing copy walks at a time: they stay in the cache
 
 
@@ -168,9 +169,10 @@ def match(tensors: Mapping[str, Tensor], rows: Sequence[Row], abstract: Params) 
 
 
 def fill(tensors: Mapping[str, Tensor], rows: Sequence[Row], abstract: Params) -> Params:
-    """Makes parameters of a checkpoint's tensors, one parameter at a time, where they are to live.
+    """Makes parameters of a checkpoint's tensors, one after the other, where they are to live.
 
-    Memory beyond the result: one parameter and a few slabs.
+    Memory beyond the result: a few slabs; and where the result is not in the host's own memory,
+    what its devices hold of two parameters.
 
     Args:
       tensors: all of a checkpoint's, under the names that `rows` use.
@@ -186,8 +188,15 @@ def fill(tensors: Mapping[str, Tensor], rows: Sequence[Row], abstract: Params) -
     """
     match(tensors, rows, abstract)
     targets = flatten_dict(abstract, sep="/")
-    with concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
-        filled = {row.target: _fill_one(tensors, row, targets[row.target], pool) for row in rows}
+    # The largest first, so that no one thread is left with it.
+    rows = sorted(rows, key=lambda row: -math.prod(targets[row.target].shape))
+    with (
+        concurrent.futures.ThreadPoolExecutor(_NUM_READERS) as readers,
+        concurrent.futures.ThreadPoolExecutor(_NUM_FILLED) as fillers,
+    ):
+        fill_row = lambda row: _fill_one(tensors, row, targets[row.target], readers)
+        arrays = list(fillers.map(fill_row, rows))
+    filled = {row.target: array for row, array in zip(rows, arrays, strict=True)}
     return unflatten_dict(filled, sep="/")
 
 
