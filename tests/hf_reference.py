@@ -75,7 +75,7 @@ def hf_config(config: PaliGemma2Config, *, padded_vocab: int):
             "num_attention_heads": llm.num_heads,
             "num_key_value_heads": llm.num_kv_heads,
             "head_dim": llm.head_dim,
-            "query_pre_attn_scalar": llm.query_pre_attn_scalar,
+            "query_pre_attn_scalar": int(llm.query_pre_attn_scalar),
             "sliding_window": llm.sliding_window or 4096,
         },
         image_token_index=llm.vocab_size,

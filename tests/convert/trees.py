@@ -18,7 +18,7 @@ def small(name: str, **overrides) -> PaliGemma2Config:
         img={"image_size": 56, "width": 32, "mlp_dim": 24},
         llm={
             "vocab_size": 96,
-            "width": 24,
+            "width": 32,
             "mlp_dim": 40,
             "head_dim": 4 if llm.head_dim == 256 else 2,
         },
@@ -36,26 +36,34 @@ def write_big_vision(path: pathlib.Path, params: Params, config: PaliGemma2Confi
 def write_hugging_face(
     folder: pathlib.Path, params: Params, config: PaliGemma2Config, tokenizer_path: pathlib.Path
 ) -> str:
-    """A folder as transformers saves it, with a tokenizer beside; 64 rows behind the vocabulary."""
+    """A folder as transformers saves it, with a tokenizer beside."""
+    hugging_face_model(params, config).save_pretrained(folder)
+    shutil.copy(tokenizer_path, folder / "tokenizer.model")
+    return str(folder)
+
+
+def hugging_face_model(params: Params, config: PaliGemma2Config):
+    """The `transformers.PaliGemmaForConditionalGeneration` of these parameters.
+
+    Its token table has 64 rows behind the vocabulary.
+    """
     import torch
     import transformers
 
     from tests.hf_reference import hf_config
 
+    dtype = getattr(torch, config.param_dtype)
     theirs = transformers.PaliGemmaForConditionalGeneration(
         hf_config(config, padded_vocab=config.llm.vocab_size + 64)
-    )
-    tensors = rows.spill(params, huggingface.paligemma2_rows(config))
+    ).to(dtype)
     tensors = huggingface.padded(
-        tensors, np.random.default_rng(0).normal(size=(64, config.llm.width))
+        rows.spill(params, huggingface.paligemma2_rows(config)),
+        np.random.default_rng(0).normal(size=(64, config.llm.width)),
     )
-    dtype = getattr(torch, config.param_dtype)
     # Through float32, which holds any bfloat16: torch takes none from numpy.
     state = {
         name: torch.from_numpy(read(tensor).astype(np.float32)).to(dtype)
         for name, tensor in tensors.items()
     }
-    theirs.to(dtype).load_state_dict({**state, "lm_head.weight": state[huggingface.EMBED_TOKENS]})
-    theirs.save_pretrained(folder)
-    shutil.copy(tokenizer_path, folder / "tokenizer.model")
-    return str(folder)
+    theirs.load_state_dict({**state, "lm_head.weight": state[huggingface.EMBED_TOKENS]})
+    return theirs
