@@ -15,6 +15,7 @@ from typing import Any
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -177,10 +178,13 @@ class Checkpoints:
         return self._manager.item_metadata(step)["params"].tree
 
 
-def save_weights(folder: pathlib.Path, params: Params) -> None:
+def save_params(folder: pathlib.Path, params: Params) -> None:
     """Parameters alone, outside of any run; `folder` must not be there.
 
     Memory beyond the parameters: about the largest of them.
+
+    Raises:
+      UserError: it cannot be written.
     """
     largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
     handler = ocp.PyTreeCheckpointHandler(
@@ -190,12 +194,18 @@ def save_weights(folder: pathlib.Path, params: Params) -> None:
     )
     # In small chunks, of which a process reads those that its devices hold.
     chunked = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), params)
-    with ocp.Checkpointer(handler) as saver:
-        saver.save(folder.absolute(), args=ocp.args.PyTreeSave(params, save_args=chunked))
+    try:
+        with ocp.Checkpointer(handler) as saver:
+            saver.save(folder.absolute(), args=ocp.args.PyTreeSave(params, save_args=chunked))
+    except Exception as error:  # tensorstore's own, over a full disk for instance
+        raise UserError(
+            f"parameters cannot be written ({type(error).__name__}: {_first_line(error)}); is the "
+            "disk full?"
+        ) from error
 
 
-def restore_weights(folder: epath.Path, abstract: Params) -> Params:
-    """What `save_weights` wrote, onto the shapes, dtypes and shardings of `abstract`.
+def restore_params(folder: epath.Path, abstract: Params) -> Params:
+    """What `save_params` wrote, onto the shapes, dtypes and shardings of `abstract`.
 
     The folder may have been copied into a bucket. Memory beyond the result: about the largest
     parameter, which is read first, when there is most room.
@@ -223,8 +233,19 @@ def restore_weights(folder: epath.Path, abstract: Params) -> Params:
                 ),
             )
             found = flatten_dict(found)
-            restored |= {path: jax.block_until_ready(found[path]) for path in paths}
+            for path in paths:
+                if not _is_finite(found[path]):
+                    raise UserError(
+                        f"{folder}: {'/'.join(path)} holds numbers that are not finite; the files "
+                        "are damaged, convert the weights again"
+                    )
+                restored[path] = found[path]
     return unflatten_dict({path: restored[path] for path in wanted})
+
+
+@jax.jit
+def _is_finite(x: jax.Array) -> jax.Array:
+    return jnp.isfinite(x).all()
 
 
 def _in_groups(leaves: dict[tuple[str, ...], Any]) -> list[list[tuple[str, ...]]]:
@@ -249,10 +270,14 @@ def _reading(folder: os.PathLike, advice: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else "no reason given"
         raise UserError(
-            f"checkpoint {folder} cannot be restored ({type(error).__name__}: {reason}); {advice}"
+            f"checkpoint {folder} cannot be restored ({type(error).__name__}: "
+            f"{_first_line(error)}); {advice}"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else "no reason given"
 
 
 def _check_shapes(stored_tree: Any, abstract: Params, folder: os.PathLike) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ _NO_ACCESS = (OSError, ImportError, ValueError)
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A temporary name in the same folder to write to; it becomes `path` when all went well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{_UNFINISHED}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{_UNFINISHED}")
     try:
         yield temporary
         temporary.replace(path)
@@ -43,6 +44,7 @@ def whole_folder(out: pathlib.Path) -> Iterator[pathlib.Path]:
     Raises:
       UserError: `out` is a file, holds something, or cannot be written.
     """
+    check_local(out)
     target = out.resolve()
     with writing(out):
         # An empty folder is filled from within: it may be mounted, or its parent not ours. A new
@@ -68,6 +70,19 @@ def whole_folder(out: pathlib.Path) -> Iterator[pathlib.Path]:
                 unfinished.rename(target)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def check_local(out: pathlib.Path) -> None:
+    """Refuses the address of a bucket, which would become a folder called `gs:`.
+
+    Raises:
+      UserError: this is one.
+    """
+    if found := re.match(r"[a-z][a-z0-9]+:/", str(out)):
+        raise UserError(
+            f"{out} is in a bucket, and only local folders are written, whole or not at all; write "
+            f"a local one and copy it ({'gcloud storage' if found[0] == 'gs:/' else 'aws s3'} cp)"
+        )
 
 
 def _is_empty(folder: pathlib.Path) -> bool:

@@ -7,9 +7,10 @@ weights were trained to be computed with, so that a config that leaves this open
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -28,6 +29,9 @@ from deevisum_jax.errors import UserError
 from deevisum_jax.files import exists, write_whole
 from deevisum_jax.models import paligemma2
 from deevisum_jax.models.paligemma2 import PaliGemma2Config, Params
+from deevisum_jax.models.pytree import DTYPES
+from deevisum_jax.runs import Settings, own_settings, settings_of, with_settings
+from deevisum_jax.typing import RESIZES
 
 # What converted weights consist of, besides a tokenizer and padding if the source had them.
 WEIGHTS_FILE = "weights.json"
@@ -35,16 +39,6 @@ PARAMS_FOLDER = "params"
 REPORT_FILE = "report.json"
 
 _FORMAT = 1  # of WEIGHTS_FILE
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What weights were trained to be computed with, and no shape tells."""
-
-    image_size: int  # pixels
-    final_logits_softcap: float  # 0 = none
-    sliding_window: int  # tokens, of layers 0, 2, 4, ...; 0 = all layers are global
-    resize: str  # of `typing.RESIZES`
 
 
 class Start(Protocol):
@@ -92,7 +86,7 @@ def find(config: Config) -> Start | None:
     if given == config_lib.FROM_SCRATCH:
         return None
     if is_weights(given):
-        return Weights(epath.Path(given).expanduser())
+        return FromWeights(epath.Path(given).expanduser())
     if released.is_released(given):
         return FromReleased(released.open_released(given))
     folder = pathlib.Path(given).expanduser()
@@ -118,47 +112,12 @@ def settle(config: Config, workdir: pathlib.Path) -> Config:
       UserError: as `find`.
     """
     if runs.has_checkpoint(workdir) and (workdir / runs.CONFIG_FILE).exists():
-        return with_settings(config, _settings_of(config_lib.load(workdir / runs.CONFIG_FILE)))
+        return with_settings(config, settings_of(runs.load_config(workdir)))
     start = find(config)
     if start is None:
         variant = paligemma2.get_config(config.model.variant)
-        return with_settings(config, _own_settings(variant))
+        return with_settings(config, own_settings(variant))
     return with_settings(config, start.settings)
-
-
-def with_settings(config: Config, settings: Settings) -> Config:
-    """The config, with `settings` where it leaves them open."""
-    model = {
-        name: getattr(settings, name)
-        for name in ("image_size", "final_logits_softcap", "sliding_window")
-        if getattr(config.model, name) is None
-    }
-    data = config.data
-    if data.resize is None:
-        data = dataclasses.replace(data, resize=settings.resize)
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, **model), data=data)
-
-
-def _settings_of(config: Config) -> Settings:
-    """Those of a run."""
-    model = config.model
-    settled = with_settings(config, _own_settings(paligemma2.get_config(model.variant)))
-    return Settings(
-        image_size=settled.model.image_size,
-        final_logits_softcap=settled.model.final_logits_softcap,
-        sliding_window=settled.model.sliding_window,
-        resize=settled.data.resize,
-    )
-
-
-def _own_settings(variant: PaliGemma2Config) -> Settings:
-    """Those of a variant that nothing else is known of."""
-    return Settings(
-        image_size=variant.img.image_size,
-        final_logits_softcap=variant.llm.final_logits_softcap,
-        sliding_window=variant.llm.sliding_window or 0,
-        resize="bilinear",
-    )
 
 
 def _check_variant(given: str, variant: str, config: Config) -> None:
@@ -178,12 +137,12 @@ class FromRun:
     @property
     def config(self) -> Config:
         """What it was trained with."""
-        return config_lib.load(self.folder / runs.CONFIG_FILE)
+        return runs.load_config(self.folder)
 
     @property
     def settings(self) -> Settings:
         """As it was trained with."""
-        return _settings_of(self.config)
+        return settings_of(self.config)
 
     def check(self, config: Config, vocab_size: int | None) -> None:
         """As `Start.check`."""
@@ -201,14 +160,7 @@ class FromRun:
                 f"pixels, not of model.image_size={config.model.image_size}; set the same, or "
                 "export the run and start from the export, which resamples its position embeddings"
             )
-        if config.data.tokenizer:
-            ours, own = tokenizer.load_tokenizer(config.data.tokenizer), self.tokenizer()
-            if ours.processor.serialized_model_proto() != own.processor.serialized_model_proto():
-                raise UserError(
-                    f"data.tokenizer={config.data.tokenizer} is not the tokenizer of "
-                    f"initialization={given!r}, whose embeddings belong to its own pieces; leave "
-                    "data.tokenizer empty"
-                )
+        _check_pieces(config, self.tokenizer())
 
     def tokenizer(self) -> Tokenizer:
         """As `Start.tokenizer`."""
@@ -226,7 +178,7 @@ class FromRun:
 
 @dataclasses.dataclass(frozen=True)
 class FromReleased:
-    """A released checkpoint; exit heads are drawn."""
+    """A released checkpoint; exit heads are drawn, unless it is an export of ours and has them."""
 
     checkpoint: Released
 
@@ -244,7 +196,23 @@ class FromReleased:
     def check(self, config: Config, vocab_size: int | None) -> None:
         """As `Start.check`."""
         self.checkpoint.check(paligemma2.get_config(config.model.variant))
-        self.checkpoint.check_vocabulary(_demand_vocab_size(config, vocab_size))
+        vocab_size = _demand_vocab_size(config, vocab_size)
+        self.checkpoint.check_vocabulary(vocab_size)
+        _check_pieces(config, self.tokenizer())
+        if self.checkpoint.exit_layers not in ((), config.model.exit_layers):
+            raise UserError(
+                f"the exit heads of initialization={config.initialization!r} sit after the layers "
+                f"{self.checkpoint.exit_layers}, not after model.exit_layers="
+                f"{config.model.exit_layers}; set the same"
+            )
+        # All of it, before data is built.
+        self.checkpoint.match(
+            paligemma2.get_config(
+                config.model.variant,
+                img={"image_size": config.model.image_size or self.settings.image_size},
+                llm={"vocab_size": vocab_size},
+            )
+        )
 
     def tokenizer(self) -> Tokenizer | None:
         """As `Start.tokenizer`."""
@@ -253,7 +221,7 @@ class FromReleased:
     def load(self, config: PaliGemma2Config, abstract: Params, key: jax.Array) -> Params:
         """As `Start.load`."""
         params = self.checkpoint.fill(config, abstract)
-        return params | _fresh_exits(config, abstract, key)
+        return params if "exits" in params else params | _fresh_exits(config, abstract, key)
 
     def vocab_padding(self, config: PaliGemma2Config) -> np.ndarray | None:
         """As `Start.vocab_padding`."""
@@ -261,7 +229,7 @@ class FromReleased:
 
 
 @dataclasses.dataclass(frozen=True)
-class Weights:
+class FromWeights:
     """Converted weights: a released checkpoint in our own form; exit heads are drawn.
 
     Orbax reads it faster than the release was read, each process what its devices hold.
@@ -269,18 +237,39 @@ class Weights:
 
     folder: epath.Path  # it may have been copied into a bucket
 
-    @property
-    def facts(self) -> dict:
-        """The content of WEIGHTS_FILE."""
+    @functools.cached_property
+    def facts(self) -> dict[str, Any]:
+        """The content of WEIGHTS_FILE.
+
+        Raises:
+          UserError: it is not what `save_weights` writes.
+        """
         file = self.folder / WEIGHTS_FILE
         try:
             facts = json.loads(file.read_text(encoding="utf-8"))
-            Settings(**facts["settings"])
-            known = facts["format"] == _FORMAT and facts["variant"] in paligemma2.VARIANTS
+            settings = Settings(**facts["settings"])
+            known = (
+                facts["format"] == _FORMAT
+                and isinstance(facts["files"], dict)
+                and facts["variant"] in paligemma2.VARIANTS
+                and facts["dtype"] in DTYPES
+                and settings.resize in RESIZES
+                and type(settings.final_logits_softcap) in (int, float)
+                and all(
+                    type(number) is int
+                    for number in (
+                        facts["vocab_size"],
+                        settings.image_size,
+                        settings.sliding_window,
+                    )
+                )
+            )
         except (OSError, ValueError, KeyError, TypeError):
             known = False
         if not known:
-            raise UserError(f"{file} is not of this version; run scripts/convert_weights.py again")
+            raise UserError(
+                f"{file} is damaged or not of this version; run scripts/convert_weights.py again"
+            )
         return facts
 
     @property
@@ -312,6 +301,7 @@ class Weights:
                 f"model.image_size={config.model.image_size}; set the same, or convert again with "
                 f"--image_size {config.model.image_size}"
             )
+        _check_pieces(config, self.tokenizer())
         wanted = _demand_vocab_size(config, vocab_size)
         if (rows := self.facts["vocab_size"]) != wanted:
             raise UserError(
@@ -327,8 +317,14 @@ class Weights:
 
     def load(self, config: PaliGemma2Config, abstract: Params, key: jax.Array) -> Params:
         """As `Start.load`."""
+        if (found := _file_sizes(self.folder / PARAMS_FOLDER)) != self.facts["files"]:
+            differing = sorted(found.items() ^ self.facts["files"].items())
+            raise UserError(
+                f"{self.folder / PARAMS_FOLDER / differing[0][0]} is missing, cut off or too much; "
+                "copy the folder again, or convert the weights again"
+            )
         towers = {name: abstract[name] for name in ("img", "llm")}
-        params = checkpoints.restore_weights(self.folder / PARAMS_FOLDER, towers)
+        params = checkpoints.restore_params(self.folder / PARAMS_FOLDER, towers)
         return params | _fresh_exits(config, abstract, key)
 
     def vocab_padding(self, config: PaliGemma2Config) -> np.ndarray | None:
@@ -348,7 +344,7 @@ def save_weights(
     tokens: Tokenizer | None,
     padding: np.ndarray | None,
 ) -> None:
-    """Writes what `Weights` reads, into an empty folder.
+    """Writes what `FromWeights` reads, into an empty folder.
 
     Args:
       folder: the caller renames it when all is written.
@@ -361,8 +357,7 @@ def save_weights(
       tokens: the tokenizer that lay beside the source.
       padding: rows behind the vocabulary.
     """
-    settings = dataclasses.replace(_own_settings(config), resize=resize)
-    checkpoints.save_weights(folder / PARAMS_FOLDER, params)
+    checkpoints.save_params(folder / PARAMS_FOLDER, params)
     if tokens is not None:
         tokenizer.save_tokenizer(tokens, folder / runs.TOKENIZER_FILE)
     write_padding(folder, padding)
@@ -370,27 +365,54 @@ def save_weights(
     write_whole(folder / REPORT_FILE, json.dumps(lines, indent=1) + "\n")
     facts = {
         "format": _FORMAT,
+        "files": _file_sizes(folder / PARAMS_FOLDER),
         "variant": variant,
         "vocab_size": config.llm.vocab_size,
         "dtype": config.param_dtype,
-        "settings": dataclasses.asdict(settings),
+        "settings": dataclasses.asdict(own_settings(config, resize)),
         "source": source,
     }
     write_whole(folder / WEIGHTS_FILE, json.dumps(facts, indent=2) + "\n")
 
 
+def _file_sizes(folder: pathlib.Path | epath.Path) -> dict[str, int]:
+    """Bytes of every file below a folder, by path: what a copy that broke off is known by."""
+    folder = epath.Path(folder)
+    sizes = {}
+    for path in folder.iterdir():
+        if path.is_dir():
+            below = _file_sizes(path)
+            sizes |= {f"{path.name}/{name}": size for name, size in below.items()}
+        else:
+            sizes[path.name] = path.stat().length
+    return sizes
+
+
 def write_padding(folder: pathlib.Path, padding: np.ndarray | None) -> None:
-    """Keeps rows that stood behind a vocabulary at Hugging Face, if there are any."""
-    if padding is not None:
-        safetensors.write_safetensors_file(
-            folder / runs.PADDING_FILE, {"rows": ArrayTensor(padding)}
-        )
+    """Keeps the rows behind a vocabulary at Hugging Face, if there are any, and no others."""
+    file = folder / runs.PADDING_FILE
+    if padding is None:
+        file.unlink(missing_ok=True)
+    else:
+        safetensors.write_safetensors_file(file, {"rows": ArrayTensor(padding)})
 
 
 def read_padding(folder: pathlib.Path | epath.Path) -> np.ndarray | None:
     """What `write_padding` kept."""
     file = epath.Path(folder) / runs.PADDING_FILE
     return read(safetensors.open_safetensors(file)["rows"]) if exists(file) else None
+
+
+def _check_pieces(config: Config, own: Tokenizer | None) -> None:
+    """Refuses another tokenizer than the weights' own, whatever its size."""
+    if not config.data.tokenizer or own is None:
+        return
+    if tokenizer.load_tokenizer(config.data.tokenizer).pieces != own.pieces:
+        raise UserError(
+            f"data.tokenizer={config.data.tokenizer} is not the tokenizer of initialization="
+            f"{config.initialization!r}, whose embeddings belong to its own pieces; leave "
+            "data.tokenizer empty"
+        )
 
 
 def _demand_vocab_size(config: Config, found: int | None) -> int:

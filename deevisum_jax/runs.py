@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 
 from deevisum_jax import config as config_lib
 from deevisum_jax.config import Config
 from deevisum_jax.data import prompts
 from deevisum_jax.errors import UserError
+from deevisum_jax.models import paligemma2
+from deevisum_jax.models.paligemma2 import PaliGemma2Config
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.model"
@@ -20,6 +23,60 @@ PADDING_FILE = "vocab_padding.safetensors"
 # number depends on.
 _MAY_CHANGE = ("log_every", "checkpoint.", "eval.", "mesh.", "data.data_dir", "data.cache_mib")
 _MAY_CHANGE += ("data.num_threads",)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What weights were trained to be computed with, and no shape tells."""
+
+    image_size: int  # pixels
+    final_logits_softcap: float  # 0 = none
+    sliding_window: int  # tokens, of layers 0, 2, 4, ...; 0 = all layers are global
+    resize: str  # of `typing.RESIZES`
+
+
+def settings_of(config: Config) -> Settings:
+    """Those of a run; what its config leaves open is the variant's own."""
+    config = with_settings(config, own_settings(paligemma2.get_config(config.model.variant)))
+    return Settings(
+        image_size=config.model.image_size,
+        final_logits_softcap=config.model.final_logits_softcap,
+        sliding_window=config.model.sliding_window,
+        resize=config.data.resize,
+    )
+
+
+def own_settings(model: PaliGemma2Config, resize: str = "bilinear") -> Settings:
+    """Those of a model that nothing else is known of."""
+    return Settings(
+        image_size=model.img.image_size,
+        final_logits_softcap=model.llm.final_logits_softcap,
+        sliding_window=model.llm.sliding_window or 0,
+        resize=resize,
+    )
+
+
+def with_settings(config: Config, settings: Settings) -> Config:
+    """The config, with `settings` where it leaves them open."""
+    model = {
+        name: getattr(settings, name)
+        for name in ("image_size", "final_logits_softcap", "sliding_window")
+        if getattr(config.model, name) is None
+    }
+    data = config.data
+    if data.resize is None:
+        data = dataclasses.replace(data, resize=settings.resize)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **model), data=data)
+
+
+def load_config(run: pathlib.Path) -> Config:
+    """The config of a run, with nothing left open.
+
+    Raises:
+      UserError: as `config.load`.
+    """
+    config = config_lib.load(run / CONFIG_FILE)
+    return with_settings(config, settings_of(config))
 
 
 def missing_parts(run: pathlib.Path) -> list[str]:
@@ -48,7 +105,7 @@ def claim(workdir: pathlib.Path, config: Config) -> None:
                 _check_same(workdir, config)
             elif _refused(workdir, config):
                 # It stopped before its first checkpoint, likely at a mistake now mended.
-                for name in (TOKENIZER_FILE, TEMPLATE_FILE):
+                for name in (TOKENIZER_FILE, TEMPLATE_FILE, PADDING_FILE):
                     (workdir / name).unlink(missing_ok=True)
         elif any(path.suffix != ".partial" for path in workdir.iterdir()):
             raise UserError(
@@ -86,7 +143,9 @@ def _check_same(workdir: pathlib.Path, config: Config) -> None:
 
 def _refused(workdir: pathlib.Path, config: Config) -> list[str]:
     """What differs from the run in `workdir` and must not."""
-    changed = config_lib.differences(config_lib.load(workdir / CONFIG_FILE), config)
+    stored = load_config(workdir)
+    # What the config leaves open stays as the run began.
+    changed = config_lib.differences(stored, with_settings(config, settings_of(stored)))
     refused = [line for line in changed if not line.startswith(_MAY_CHANGE)]
     # The file of a template may have been edited, or be gone, since it was copied.
     given, kept = pathlib.Path(config.data.template), workdir / TEMPLATE_FILE

@@ -17,7 +17,6 @@ import jax
 import numpy as np
 
 from deevisum_jax import checkpoints, experiment, media, runs, sharding
-from deevisum_jax import config as config_lib
 from deevisum_jax.data import audio, pipeline, prompts, subtitles, tokenizer
 from deevisum_jax.data.segments import Video, segment_bounds
 from deevisum_jax.data.video import DecodedVideo, decode_video
@@ -181,7 +180,7 @@ class Student:
                 f"{run} is no workdir of a training run, it lacks {', '.join(missing)}; give "
                 "--checkpoint the folder that deevisum_jax.main was given as --workdir"
             )
-        self.config = config_lib.load(run / runs.CONFIG_FILE)
+        self.config = runs.load_config(run)
         tokens = tokenizer.load_tokenizer(run / runs.TOKENIZER_FILE)
         template = prompts.load_template(str(run / runs.TEMPLATE_FILE))
         self.model_config = experiment.model_config(self.config, tokens)

@@ -24,12 +24,12 @@ import absl.logging
 import numpy as np
 import sentencepiece.sentencepiece_model_pb2 as spm
 
-from deevisum_jax import export
+from deevisum_jax import weights
 from deevisum_jax.convert import big_vision, npz
 from deevisum_jax.convert.npz import open_npz
 from deevisum_jax.convert.rows import spill
 from deevisum_jax.convert.safetensors import open_safetensors
-from deevisum_jax.convert.tensors import DTYPES, Tensor, num_bytes, slab_bounds
+from deevisum_jax.convert.tensors import STORED_DTYPES, Tensor, num_bytes, slab_bounds
 from deevisum_jax.data.tokenizer import LOC_SEG, train_tokenizer
 from deevisum_jax.models import paligemma2
 
@@ -49,7 +49,7 @@ class RandomTensor:
         """As `Tensor.slabs`."""
         bits = np.dtype(f"u{self.dtype.itemsize}")
         # Sign and mantissa at random, the exponent that of 2 ** -6.
-        mantissa = 7 if self.dtype == DTYPES["bfloat16"] else 23
+        mantissa = 7 if self.dtype == STORED_DTYPES["bfloat16"] else 23
         keep = bits.type(1 << (8 * bits.itemsize - 1) | ((1 << mantissa) - 1))
         exponent = bits.type((127 - 6) << mantissa)
         rng = np.random.default_rng(self.seed)
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def benchmark(scratch: pathlib.Path, variant: str, dtype: str, repeats: int) -> None:
     """Prints a line per measurement."""
     config = paligemma2.get_config(variant, param_dtype=dtype)
-    model_bytes = paligemma2.num_params(config) * DTYPES[dtype].itemsize
+    model_bytes = paligemma2.num_params(config) * STORED_DTYPES[dtype].itemsize
     print(f"{variant} in {dtype}: {model_bytes / 1e9:.2f} GB", flush=True)
     tokenizer = make_tokenizer(scratch / "tokenizer.model", config.llm.vocab_size)
     released = scratch / "released.npz"
@@ -161,15 +161,15 @@ def run_step(step: str, source: str, tokenizer: str, out: pathlib.Path) -> None:
     jax.devices()
     start = time.perf_counter()
     tokens = tokenizer if source.endswith(".npz") else ""
-    opened = export.open_source(source, tokenizer_path=tokens)
+    opened = weights.open_source(source, tokenizer_path=tokens)
     if step == "import":
         jax.block_until_ready(opened.load())
     elif step == "to_hugging_face":
-        export.export_hf(opened, out)
+        weights.export_hf(opened, out)
     elif step == "to_big_vision":
-        export.export_big_vision(opened, out)
+        weights.export_big_vision(opened, out)
     else:
-        export.convert_weights(opened, out)
+        weights.convert(opened, out)
     print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import gc
 import os
+import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 import transformers
 
-from deevisum_jax import export, runs
+from deevisum_jax import runs, weights
 from deevisum_jax.data import prompts
 from deevisum_jax.data.tokenizer import BOS, PAD
 from deevisum_jax.errors import UserError, exits_cleanly
@@ -71,7 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     absl.logging.set_verbosity(absl.logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
 
-    source = export.open_source(args.checkpoint, tokenizer_path=args.tokenizer)
+    if not (pathlib.Path(args.exported) / "config.json").is_file():
+        raise UserError(f"{args.exported} is no folder that scripts/export_hf.py wrote")
+    source = weights.open_source(args.checkpoint, tokenizer_path=args.tokenizer)
     if source.tokens is None:
         raise UserError(f"{source.path} brings no tokenizer; give --tokenizer the one exported")
     frames, texts = random_segments(source, args.segments, args.seed)
@@ -83,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def random_segments(
-    source: export.Source, count: int, seed: int
+    source: weights.Source, count: int, seed: int
 ) -> tuple[np.ndarray, list[list[int]]]:
     r"""Frames uint8[B, I, H, W, 3], and `[BOS prompt]["\n"]` of each."""
     rng = np.random.default_rng(seed)
@@ -105,10 +108,12 @@ def random_segments(
 
 
 def say_ours(
-    source: export.Source, frames: np.ndarray, texts: list[list[int]], num_tokens: int
+    source: weights.Source, frames: np.ndarray, texts: list[list[int]], num_tokens: int
 ) -> Said:
     """In JAX."""
-    config, params = source.config, source.load()
+    # The numbers as they are stored, every product in float32.
+    config = dataclasses.replace(source.config, dtype="float32")
+    params = source.load()
     width = max(map(len, texts))
     tokens = np.full((len(texts), width), PAD, np.int32)
     mask = np.zeros((len(texts), width), bool)
@@ -157,7 +162,7 @@ def say_ours(
 
 
 def say_theirs(
-    folder: str, source: export.Source, frames: np.ndarray, texts: list[list[int]], num_tokens: int
+    folder: str, source: weights.Source, frames: np.ndarray, texts: list[list[int]], num_tokens: int
 ) -> Said:
     """In PyTorch, segment by segment."""
     kwargs = {"dtype": torch.float32, "attn_implementation": "eager"}
@@ -165,6 +170,7 @@ def say_theirs(
     model = transformers.PaliGemmaForConditionalGeneration.from_pretrained(folder, **kwargs).eval()
     model.generation_config.eos_token_id = None  # on behind the end, for the sake of comparing
     image = [model.config.image_token_id] * (source.config.img.num_patches * frames.shape[1])
+    rows = model.get_input_embeddings().weight.shape[0]
     logits, generated = [], []
     for row, text in enumerate(texts):
         ids = torch.tensor([image + text])
@@ -177,7 +183,13 @@ def say_theirs(
         found = model(**inputs, logits_to_keep=1).logits[0, 0].numpy()
         logits.append(found[: source.config.llm.vocab_size])
         if row < 4:
-            out = model.generate(**inputs, max_new_tokens=num_tokens, do_sample=False)
+            out = model.generate(
+                **inputs,
+                max_new_tokens=num_tokens,
+                do_sample=False,
+                # Rows behind the vocabulary are no tokens of ours.
+                suppress_tokens=list(range(source.config.llm.vocab_size, rows)),
+            )
             generated.append(out[0, ids.shape[1] :].numpy())
     del model
     gc.collect()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import absl.logging
 
-from deevisum_jax import export
+from deevisum_jax import weights
 from deevisum_jax.errors import exits_cleanly
 from deevisum_jax.models.pytree import DTYPES
 
@@ -70,10 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--out is wanted, or --dry_run")
     # Orbax warns of much that is as it should be.
     absl.logging.set_verbosity(absl.logging.ERROR)
-    source = export.open_source(
+    source = weights.open_source(
         args.source, tokenizer_path=args.tokenizer, image_size=args.image_size, dtype=args.dtype
     )
-    report = export.report_of(source) if args.dry_run else export.convert_weights(source, args.out)
+    report = weights.report_of(source) if args.dry_run else weights.convert(source, args.out)
     for line in report:
         print(f"{line.source} {line.dtype} {list(line.shape)} -> {line.target}: {line.transform}")
     img, llm = source.config.img, source.config.llm

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import absl.logging
 
-from deevisum_jax import export
+from deevisum_jax import weights
 from deevisum_jax.errors import exits_cleanly
 from deevisum_jax.models.pytree import DTYPES
 
@@ -48,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     # Orbax warns of much that is as it should be.
     absl.logging.set_verbosity(absl.logging.ERROR)
-    source = export.open_source(args.checkpoint)
-    export.export_big_vision(source, args.out, dtype=args.dtype)
+    source = weights.open_source(args.checkpoint)
+    weights.export_big_vision(source, args.out, dtype=args.dtype)
     left = " without its exit heads" if source.config.exit_layers else ""
     print(f"{args.out}{left}: load it with big_vision's models.proj.paligemma.paligemma")
     return 0

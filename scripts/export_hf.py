@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import absl.logging
 
-from deevisum_jax import export
+from deevisum_jax import weights
 from deevisum_jax.errors import exits_cleanly
 from deevisum_jax.models.pytree import DTYPES
 
@@ -62,12 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="largest file of weights, in 10^9 bytes (5)",
     )
     args = parser.parse_args(argv)
-    if not args.max_shard_gb > 0:
-        parser.error(f"--max_shard_gb {args.max_shard_gb} is not above 0")
+    if not 0 < args.max_shard_gb < 1e6:
+        parser.error(f"--max_shard_gb {args.max_shard_gb} is no size of a file")
     # Orbax warns of much that is as it should be.
     absl.logging.set_verbosity(absl.logging.ERROR)
-    export.export_hf(
-        export.open_source(args.checkpoint, tokenizer_path=args.tokenizer),
+    weights.export_hf(
+        weights.open_source(args.checkpoint, tokenizer_path=args.tokenizer),
         args.out,
         dtype=args.dtype,
         max_shard_bytes=int(args.max_shard_gb * 10**9),

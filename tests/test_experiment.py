@@ -45,63 +45,6 @@ def other_run(tmp_path, tiny_config) -> pathlib.Path:
     return folder
 
 
-def test_a_new_folder_is_made_and_the_same_run_may_come_back(tmp_path, tiny_config):
-    workdir = tmp_path / "runs" / "first"
-    assert claim(workdir, tiny_config()) == tiny_config()
-    with_checkpoint(workdir)
-    assert claim(workdir, tiny_config()) == tiny_config()
-    # The mesh, the pace of validation and the like change no trained number.
-    changed = tiny_config("mesh.fsdp=4", "mesh.data=1", "eval.every_steps=8", "log_every=9")
-    assert claim(workdir, changed) == changed
-
-
-def test_a_run_of_another_config_is_refused_and_left_alone(tmp_path, tiny_config):
-    claim(tmp_path, tiny_config())
-    with_checkpoint(tmp_path)
-    before = contents(tmp_path)
-    with pytest.raises(UserError, match="holds a run of another config") as caught:
-        claim(tmp_path, tiny_config("seed=1", "optim.learning_rate=3.0", "log_every=7"))
-    assert "seed: 1 -> 0" not in str(caught.value)
-    assert "set back seed: 0 -> 1; optim.learning_rate: 0.01 -> 3.0" in str(caught.value)
-    assert contents(tmp_path) == before
-
-
-def test_a_mistake_before_the_first_checkpoint_does_not_take_the_folder(tmp_path, tiny_config):
-    claim(tmp_path, tiny_config("data.vocab_size=300"))
-    (tmp_path / "tokenizer.model").write_bytes(b"of the other config")
-    claim(tmp_path, tiny_config("data.vocab_size=300"))
-    assert (tmp_path / "tokenizer.model").exists()
-    assert claim(tmp_path, tiny_config("seed=1")) == tiny_config("seed=1")
-    assert not (tmp_path / "tokenizer.model").exists()
-
-
-def test_a_folder_with_something_else_in_it_is_refused(tmp_path, tiny_config):
-    (tmp_path / "thesis.tex").write_text("all of it")
-    with pytest.raises(UserError, match="is not empty and holds no run of ours"):
-        claim(tmp_path, tiny_config())
-    assert contents(tmp_path) == {"thesis.tex": b"all of it"}
-
-
-def test_a_folder_with_a_config_that_is_not_ours_is_refused(tmp_path, tiny_config):
-    (tmp_path / "config.json").write_text("{not ours}")
-    with pytest.raises(UserError, match="is not the config of a run"):
-        claim(tmp_path, tiny_config())
-    assert contents(tmp_path) == {"config.json": b"{not ours}"}
-
-
-def test_a_kill_while_the_config_was_written_is_no_obstacle(tmp_path, tiny_config):
-    (tmp_path / ".config.json.partial").write_text("{")
-    assert claim(tmp_path, tiny_config()) == tiny_config()
-
-
-@pytest.mark.parametrize("below", ["", "run"])
-def test_a_folder_that_cannot_be_written_is_named(tmp_path, tiny_config, below):
-    (tmp_path / "file").write_text("a regular file")
-    with pytest.raises(UserError, match="cannot be written"):
-        claim(tmp_path / "file" / below, tiny_config())
-    assert contents(tmp_path) == {"file": b"a regular file"}
-
-
 def test_the_tokenizer_is_trained_once_and_kept(tmp_path, tiny_config, records):
     made = make_tokenizer(tiny_config(), tmp_path, records)
     again = make_tokenizer(tiny_config(), tmp_path, [])
@@ -158,22 +101,6 @@ def test_an_edited_template_is_another_config(tmp_path, tiny_config):
     given.write_text("{transcript}")
     with pytest.raises(UserError, match=r"set back the text of data\.template=.*mine\.txt to that"):
         claim(workdir, config)
-
-
-def test_checking_a_run_changes_nothing(tmp_path, tiny_config, other_run):
-    before = contents(other_run)
-    runs.check(other_run, tiny_config("eval.exit_threshold=0.5"))
-    with pytest.raises(UserError, match=r"another config.*set back seed: 0 -> 1"):
-        runs.check(other_run, tiny_config("seed=1"))
-    (other_run / "checkpoints" / "100").rmdir()  # training could take the folder, not evaluation
-    with pytest.raises(UserError, match="another config"):
-        runs.check(other_run, tiny_config("seed=1"))
-    assert contents(other_run) == before
-    with pytest.raises(
-        UserError, match=r"lacks config\.json, tokenizer\.model, template\.txt, che"
-    ):
-        runs.check(tmp_path / "nothing", tiny_config())
-    assert not (tmp_path / "nothing").exists()
 
 
 @pytest.mark.parametrize(
@@ -235,10 +162,3 @@ def test_the_encoder_follows_the_config(tmp_path, tiny_config, records):
     assert encoder.prompts.text_len == 48
     source = experiment.make_source(dataclasses.replace(config, seed=1), records, encoder)
     assert len(source) == 17  # 4 + 5 + 4 + 4 segments of two seconds
-
-
-def test_a_checkpoint_that_is_not_whole_does_not_count(tmp_path):
-    (tmp_path / "checkpoints" / "250.orbax-checkpoint-tmp").mkdir(parents=True)
-    assert not runs.has_checkpoint(tmp_path)
-    (tmp_path / "checkpoints" / "250").mkdir()
-    assert runs.has_checkpoint(tmp_path)

@@ -3,20 +3,24 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
+from etils import epath
 from jax.sharding import PartitionSpec as P
 
-from deevisum_jax import checkpoints, experiment, export, initialization, main, runs, sharding
+from deevisum_jax import checkpoints, experiment, initialization, main, runs, sharding, weights
 from deevisum_jax import config as config_lib
-from deevisum_jax.convert import released
+from deevisum_jax.convert import huggingface, released, rows
+from deevisum_jax.convert.safetensors import write_safetensors_file
 from deevisum_jax.data import tokenizer
 from deevisum_jax.errors import UserError
 from deevisum_jax.models import paligemma2
+from tests.checkpoint_files import write_big_vision, write_hugging_face
 from tests.conftest import TINY_CONFIG, TINY_MESH
-from tests.convert.trees import write_big_vision, write_hugging_face
 
 
 @pytest.fixture(scope="module")
@@ -36,21 +40,21 @@ def config(tokens):
 
 
 @pytest.fixture(scope="module")
-def weights(config):
+def trained(config):
     """Parameters of it, without exit heads."""
     return paligemma2.init_params(config, jax.random.key(7))
 
 
 @pytest.fixture(scope="module")
-def npz(config, weights, tmp_path_factory) -> str:
+def npz(config, trained, tmp_path_factory) -> str:
     """A checkpoint of big_vision."""
-    return write_big_vision(tmp_path_factory.mktemp("npz") / "pt_tiny_28.npz", weights, config)
+    return write_big_vision(tmp_path_factory.mktemp("npz") / "pt_tiny_28.npz", trained, config)
 
 
 @pytest.fixture(scope="module")
-def folder(config, weights, tokens, tmp_path_factory) -> str:
+def folder(config, trained, tokens, tmp_path_factory) -> str:
     """A checkpoint of Hugging Face, with its tokenizer."""
-    return write_hugging_face(tmp_path_factory.mktemp("hf") / "tiny", weights, config, tokens)
+    return write_hugging_face(tmp_path_factory.mktemp("hf") / "tiny", trained, config, tokens)
 
 
 @pytest.fixture
@@ -74,33 +78,33 @@ def on_the_mesh(model: paligemma2.PaliGemma2Config):
     return sharding.abstract(shapes, sharding.param_shardings(shapes, mesh))
 
 
-def assert_same(params, weights):
+def assert_same(params, trained):
     jax.tree.map(
-        np.testing.assert_array_equal, {name: params[name] for name in ("img", "llm")}, weights
+        np.testing.assert_array_equal, {name: params[name] for name in ("img", "llm")}, trained
     )
 
 
 def test_weights_of_big_vision_land_on_the_mesh_with_fresh_exits(
-    npz, config, weights, start_config
+    npz, config, trained, start_config
 ):
     model = dataclasses.replace(config, exit_layers=(2, 4))
     params = load(start_config(npz), model)
-    assert_same(params, weights)
+    assert_same(params, trained)
     assert params["llm"]["layers"]["mlp"]["linear"].sharding.spec == P(None, "tensor", "fsdp")
     fresh = paligemma2.init_params(model, jax.random.key(0))["exits"]
     # Compiled alone, the last bit of a draw may differ.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params["exits"], fresh)
 
 
-def test_weights_of_hugging_face_are_the_same(folder, config, weights, start_config):
-    assert_same(load(start_config(folder), config), weights)
+def test_weights_of_hugging_face_are_the_same(folder, config, trained, start_config):
+    assert_same(load(start_config(folder), config), trained)
 
 
-def test_converted_weights_are_the_same(npz, tokens, config, weights, start_config, tmp_path):
-    source = export.open_source(npz, tokenizer_path=str(tokens))
-    export.convert_weights(source, tmp_path / "weights")
+def test_converted_weights_are_the_same(npz, tokens, config, trained, start_config, tmp_path):
+    source = weights.open_source(npz, tokenizer_path=str(tokens))
+    weights.convert(source, tmp_path / "weights")
     given = start_config(str(tmp_path / "weights"))
-    assert_same(load(given, config), weights)
+    assert_same(load(given, config), trained)
     start = initialization.find(given)
     assert start.tokenizer().vocab_size == tokenizer.load_tokenizer(tokens).vocab_size
     report = json.loads((tmp_path / "weights" / "report.json").read_text())
@@ -153,14 +157,14 @@ def test_a_resumed_run_of_another_image_size_is_refused(tiny_config, tmp_path):
         runs.claim(tmp_path, initialization.settle(tiny_config("model.image_size=56"), tmp_path))
 
 
-def test_weights_serve_pictures_of_another_size(npz, config, weights, start_config):
+def test_weights_serve_pictures_of_another_size(npz, config, trained, start_config):
     larger = paligemma2.get_config(
         "tiny", img={"image_size": 56}, llm={"vocab_size": config.llm.vocab_size}
     )
     params = load(start_config(npz, "model.image_size=56"), larger)
     assert params["img"]["pos_embedding"].shape == (1, 16, 16)
     del params["img"]["pos_embedding"]
-    rest = {**weights, "img": {k: v for k, v in weights["img"].items() if k != "pos_embedding"}}
+    rest = {**trained, "img": {k: v for k, v in trained["img"].items() if k != "pos_embedding"}}
     assert_same(params, rest)
 
 
@@ -169,7 +173,7 @@ def check(config: config_lib.Config, vocab_size: int | None = None) -> None:
 
 
 def test_another_variant_is_named(npz, folder, tokens, start_config, tmp_path):
-    export.convert_weights(export.open_source(npz), tmp_path / "weights")
+    weights.convert(weights.open_source(npz), tmp_path / "weights")
     for source in (npz, folder):
         with pytest.raises(UserError, match=r"is a tiny, not the model .*set model\.variant=tiny"):
             check(start_config(source, "model.variant=quickstart_student"))
@@ -178,14 +182,14 @@ def test_another_variant_is_named(npz, folder, tokens, start_config, tmp_path):
 
 
 def test_a_tokenizer_is_demanded(npz, start_config, tmp_path):
-    export.convert_weights(export.open_source(npz), tmp_path / "weights")
+    weights.convert(weights.open_source(npz), tmp_path / "weights")
     for source in (npz, tmp_path / "weights"):
         with pytest.raises(UserError, match=r"brings no tokenizer.*give data\.tokenizer"):
             check(start_config(str(source)))
 
 
 def test_a_tokenizer_of_other_pieces_is_refused(npz, folder, config, start_config, tmp_path):
-    export.convert_weights(export.open_source(npz), tmp_path / "weights")
+    weights.convert(weights.open_source(npz), tmp_path / "weights")
     rows = config.llm.vocab_size
     for source in (npz, folder):
         check(start_config(source), rows)
@@ -195,8 +199,99 @@ def test_a_tokenizer_of_other_pieces_is_refused(npz, folder, config, start_confi
         check(start_config(str(tmp_path / "weights")), rows - 128)
 
 
+def test_another_tokenizer_than_the_weights_own_is_refused_whatever_its_size(
+    npz, folder, tokens, config, start_config, tmp_path
+):
+    source = weights.open_source(npz, tokenizer_path=str(tokens))
+    weights.convert(source, tmp_path / "weights")
+    other = tmp_path / "other.model"
+    texts = ["title a red bull", "talk two dots", "sound load applause", "yes silence", "no end"]
+    made = tokenizer.train_tokenizer(texts, other, vocab_size=300)
+    assert -(-made.vocab_size // 128) * 128 == config.llm.vocab_size
+    for start in (folder, str(tmp_path / "weights")):
+        check(start_config(start, f"data.tokenizer={tokens}"), config.llm.vocab_size)
+        with pytest.raises(UserError, match=r"other\.model is not the tokenizer of init"):
+            check(start_config(start, f"data.tokenizer={other}"), config.llm.vocab_size)
+
+
+def test_a_tensor_that_is_missing_is_known_before_any_data_is_built(
+    folder, config, start_config, tmp_path
+):
+    shutil.copytree(folder, tmp_path / "in")
+    file = tmp_path / "in" / "model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    del tensors["language_model.model.norm.weight"]
+    safetensors.numpy.save_file(tensors, file)
+    with pytest.raises(
+        UserError, match=r"1 tensors of .*in do not .*\n  language_model\.model\.norm\.weight: miss"
+    ):
+        check(start_config(str(tmp_path / "in")), config.llm.vocab_size)
+
+
+def test_a_separate_head_is_compared_when_numbers_are_read_and_not_before(
+    folder, config, start_config, tmp_path
+):
+    shutil.copytree(folder, tmp_path / "in")
+    file = tmp_path / "in" / "model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    table = tensors["language_model.model.embed_tokens.weight"]
+    safetensors.numpy.save_file(tensors | {"language_model.lm_head.weight": table + 1}, file)
+    given = start_config(str(tmp_path / "in"))
+    check(given, config.llm.vocab_size)
+    with pytest.raises(UserError, match=r"lm_head\.weight .*differs from"):
+        load(given, config)
+    safetensors.numpy.save_file(tensors | {"language_model.lm_head.weight": table}, file)
+    load(given, config)
+
+
+def test_converted_weights_that_were_cut_off_are_refused(npz, config, start_config, tmp_path):
+    weights.convert(weights.open_source(npz), tmp_path / "weights")
+    [largest] = sorted(
+        (path for path in (tmp_path / "weights" / "params").rglob("*") if path.is_file()),
+        key=lambda path: path.stat().st_size,
+    )[-1:]
+    largest.write_bytes(largest.read_bytes()[:-100])
+    with pytest.raises(UserError, match=rf"{largest.name} is missing, cut off or too much; copy"):
+        load(start_config(str(tmp_path / "weights")), config)
+
+
+def test_converted_weights_that_are_no_numbers_are_refused(trained, config, tmp_path):
+    broken = jax.tree.map(lambda leaf: leaf, trained)
+    broken["llm"]["final_norm"]["scale"] = broken["llm"]["final_norm"]["scale"].at[3].set(np.nan)
+    checkpoints.save_params(tmp_path / "params", broken)
+    with pytest.raises(UserError, match=r"llm/final_norm/scale holds numbers that are not finite"):
+        checkpoints.restore_params(epath.Path(tmp_path / "params"), on_the_mesh(config))
+
+
+def test_a_start_without_padding_leaves_none(tmp_path):
+    initialization.write_padding(tmp_path, np.ones((2, 3), np.float32))
+    np.testing.assert_array_equal(initialization.read_padding(tmp_path), np.ones((2, 3)))
+    initialization.write_padding(tmp_path, None)
+    assert initialization.read_padding(tmp_path) is None
+
+
+def test_an_export_of_ours_gives_its_exits_to_the_same_layers_only(
+    config, trained, tokens, start_config, tmp_path
+):
+    model = dataclasses.replace(config, exit_layers=(2, 4))
+    params = paligemma2.init_params(model, jax.random.key(11))
+    folder = write_hugging_face(tmp_path / "hf", trained, config, tokens)
+    heads = rows.spill({"exits": params["exits"]}, huggingface.exit_rows(model))
+    write_safetensors_file(tmp_path / "hf" / "deevisum_heads.safetensors", heads)
+    file = tmp_path / "hf" / "config.json"
+    content = json.loads(file.read_text())
+    content["deevisum"] = {"format": 1, "exit_layers": [2, 4]}
+    file.write_text(json.dumps(content))
+    given = start_config(folder)
+    check(given, config.llm.vocab_size)
+    loaded = load(given, model)
+    jax.tree.map(np.testing.assert_array_equal, loaded["exits"], params["exits"])
+    with pytest.raises(UserError, match=r"\(2, 4\), not after model\.exit_layers=\(3, 4\)"):
+        check(start_config(folder, "model.exit_layers=(3, 4)"), config.llm.vocab_size)
+
+
 def test_converted_weights_keep_their_image_size(npz, start_config, tmp_path):
-    export.convert_weights(export.open_source(npz, image_size=56), tmp_path / "weights")
+    weights.convert(weights.open_source(npz, image_size=56), tmp_path / "weights")
     given = start_config(str(tmp_path / "weights"))
     assert initialization.settle(given, tmp_path).model.image_size == 56
     with pytest.raises(UserError, match=r"converted for pictures of 56 .* --image_size 28"):
@@ -211,9 +306,9 @@ def test_nothing_to_start_from_is_named(start_config, tmp_path):
 
 
 def test_damaged_facts_of_converted_weights_are_refused(npz, start_config, tmp_path):
-    export.convert_weights(export.open_source(npz), tmp_path / "weights")
+    weights.convert(weights.open_source(npz), tmp_path / "weights")
     (tmp_path / "weights" / "weights.json").write_text('{"format": 1}')
-    with pytest.raises(UserError, match=r"weights\.json is not of this version; run scripts/conv"):
+    with pytest.raises(UserError, match=r"weights\.json is damaged or not of this version; run"):
         initialization.settle(start_config(str(tmp_path / "weights")), tmp_path)
 
 
@@ -255,7 +350,7 @@ def test_a_run_that_misses_a_part_is_no_start(start_config, other_run):
 
 
 def test_training_starts_from_released_weights_and_keeps_what_export_needs(
-    folder, tokens, weights, data_dir, tmp_path, compile_once
+    folder, tokens, trained, data_dir, tmp_path, compile_once
 ):
     workdir = tmp_path / "run"
     overrides = (
@@ -285,5 +380,5 @@ def test_training_starts_from_released_weights_and_keeps_what_export_needs(
     jax.tree.map(
         lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=1e-6),
         {name: params[name] for name in ("img", "llm")},
-        weights,
+        trained,
     )

@@ -24,7 +24,8 @@ from deevisum_jax.convert.rows import Row
 from deevisum_jax.convert.tensors import Tensor
 from deevisum_jax.models.paligemma2 import PaliGemma2Config, abstract_params, without_exits
 
-_PREFIX = "params/"
+PREFIX = "params/"
+_OPTIMIZER = "opt/"
 _LINEN_NAMES = (
     ("/ln1/", "/LayerNorm_0/"),
     ("/ln2/", "/LayerNorm_1/"),
@@ -34,16 +35,26 @@ _LINEN_NAMES = (
 )
 
 
-def without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors under the names that tables use."""
-    if all(name.startswith(_PREFIX) for name in tensors):
-        return {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
-    return dict(tensors)
+def without_prefix(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors under the names that tables use.
+
+    As in big_vision's own loader `params/` alone is a model's where there is one: an optimizer's
+    state, `opt/`, is left.
+
+    Returns:
+      The tensors, and the file's own name of each.
+    """
+    own_names = {
+        name.removeprefix(PREFIX): name
+        for name in tensors
+        if not (name.startswith(_OPTIMIZER) and any(n.startswith(PREFIX) for n in tensors))
+    }
+    return {new: tensors[name] for new, name in own_names.items()}, own_names
 
 
 def with_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors under the names of a checkpoint, beside which an optimizer could stand."""
-    return {_PREFIX + name: tensor for name, tensor in tensors.items()}
+    return {PREFIX + name: tensor for name, tensor in tensors.items()}
 
 
 def paligemma2_rows(config: PaliGemma2Config) -> list[Row]:

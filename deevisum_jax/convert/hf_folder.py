@@ -32,6 +32,10 @@ TOKENIZER_MODEL = "tokenizer.model"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 PROCESSOR_CONFIG = "processor_config.json"  # what transformers 5 writes instead
 MODEL_CARD = "README.md"
+HEADS_FILE = "deevisum_heads.safetensors"  # exit heads, beside the weights and not among them
+MODELING_FILE = "modeling_deevisum.py"
+
+DEEVISUM_FORMAT = 1  # of config.json's section and of HEADS_FILE
 NOTICE = "NOTICE"
 
 GEMMA_TERMS_URL = "https://ai.google.dev/gemma/terms"
@@ -68,6 +72,7 @@ _IMG_SIZES = {  # models/siglip/configuration_siglip.py, SiglipVisionConfig
     "mlp_dim": ("intermediate_size", 3072),
     "num_heads": ("num_attention_heads", 12),
 }
+_REALS = ("query_pre_attn_scalar",)  # sizes that need not be whole
 _IMAGE_SIZE = 224
 _IMAGE_TOKEN = 256_000  # models/paligemma/configuration_paligemma.py, PaliGemmaConfig
 _PADDED_VOCAB = 256_000
@@ -214,11 +219,11 @@ def config_facts(
     vision.demand("layer_norm_eps", _EPS)
     vision.demand("num_channels", 3)
     sizes = {
-        f"{tower}.{ours}": section.number(theirs, default)
+        f"{tower}.{ours}": (section.number if ours in _REALS else section.count)(theirs, default)
         for tower, section, fields in (("img", vision, _IMG_SIZES), ("llm", text, _LLM_SIZES))
         for ours, (theirs, default) in fields.items()
     }
-    image_size = vision.number("image_size", _IMAGE_SIZE)
+    image_size = vision.count("image_size", _IMAGE_SIZE)
     capped = text.get("final_logit_softcapping", _FINAL_SOFTCAP) is not None
     return Facts(
         sizes=sizes,
@@ -228,12 +233,31 @@ def config_facts(
         ),
         sliding_window=_sliding_window(text, sizes["llm.depth"]),
         resize=_resize(preprocessor, image_size, pathlib.Path(folder) / PREPROCESSOR_CONFIG),
-        padded_vocab=text.number("vocab_size", _PADDED_VOCAB),
-        image_token=top.number(
+        padded_vocab=text.count("vocab_size", _PADDED_VOCAB),
+        image_token=top.count(
             "image_token_id" if "image_token_id" in config_json else "image_token_index",
             _IMAGE_TOKEN,
         ),
     )
+
+
+def check_deevisum(section: Any, file: str | os.PathLike[str]) -> None:
+    """Makes sure that config.json's section on exits is one that exports write.
+
+    Raises:
+      UserError: it is not.
+    """
+    layers = section.get("exit_layers") if isinstance(section, Mapping) else None
+    if (
+        not isinstance(layers, list)
+        or not layers
+        or not all(type(layer) is int for layer in layers)
+        or section.get("format") != DEEVISUM_FORMAT
+    ):
+        raise UserError(
+            f"{os.fspath(file)}: its section deevisum is damaged or of another version; export the "
+            "run again"
+        )
 
 
 def generation_config() -> dict[str, Any]:
@@ -359,7 +383,7 @@ def write_folder(
     card: str,
     gemma_terms: bool,
 ) -> None:
-    """Writes all but the weights and modeling_deevisum.py.
+    """Writes all but the weights and the exit heads.
 
     Args:
       folder: exists; under a temporary name, which the caller changes when the weights are there.
@@ -398,6 +422,9 @@ def write_folder(
     }
     if gemma_terms:
         texts[NOTICE] = GEMMA_NOTICE + "\n"
+    if deevisum is not None:
+        code = pathlib.Path(__file__).parent / "torch" / MODELING_FILE
+        texts[MODELING_FILE] = code.read_text(encoding="utf-8")
     for name, text in texts.items():
         write_whole(folder / name, text)
     save_tokenizer(tokenizer, folder / TOKENIZER_MODEL)
@@ -430,6 +457,16 @@ class _Section:
             )
         return value
 
+    def count(self, field: str, default: int) -> int:
+        """A whole number of things, of which there are never as many as a million."""
+        value = self.number(field, default)
+        if value != int(value) or value >= 10**6:
+            raise UserError(
+                f"{self.file}: {self.name}{field} is {value!r}, no number of things; use the "
+                "folder of a PaliGemma 2"
+            )
+        return int(value)
+
     def demand(self, field: str, wanted: Any) -> None:
         """Refuses what the model does not compute; absent is as wanted."""
         if (value := self.get(field, wanted)) != wanted:
@@ -456,7 +493,7 @@ def _sliding_window(text: _Section, depth: int) -> int | None:
             f"{text.file}: {text.name}layer_types is neither {_LOCAL} and {_GLOBAL} by turns from "
             f"layer 0 to {depth - 1} nor {_GLOBAL} throughout; no other pattern is computed here"
         )
-    return text.number("sliding_window", _WINDOW)
+    return text.count("sliding_window", _WINDOW)
 
 
 def _resize(preprocessor: Mapping[str, Any] | None, image_size: int, file: pathlib.PurePath) -> str:
@@ -474,7 +511,7 @@ def _resize(preprocessor: Mapping[str, Any] | None, image_size: int, file: pathl
         section.demand("rescale_factor", 1 / 255)
     code = section.get("resample", RESAMPLE["bicubic"])  # SiglipImageProcessor's default
     by_code = {code: name for name, code in RESAMPLE.items()}
-    if code not in by_code:
+    if type(code) is not int or code not in by_code:
         raise UserError(
             f"{section.file}: {section.name}resample is {code!r}; images are resized here by 2 "
             "(bilinear) or 3 (bicubic)"

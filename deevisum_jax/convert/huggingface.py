@@ -48,11 +48,12 @@ from collections.abc import Iterator, Mapping
 
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
-from deevisum_jax.convert.rows import Converted, Row
+from deevisum_jax.convert.rows import Row
 from deevisum_jax.convert.tensors import Tensor
 from deevisum_jax.errors import UserError
-from deevisum_jax.models.paligemma2 import PaliGemma2Config, Params
+from deevisum_jax.models.paligemma2 import PaliGemma2Config, Params, abstract_params
 from deevisum_jax.models.siglip import EncoderConfig, SiglipConfig
 
 LM_HEAD = "lm_head.weight"
@@ -75,14 +76,17 @@ _RELEASED = (
 )
 
 
-def canonical(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def canonical(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors under the names of transformers 5, which tables use.
+
+    Returns:
+      The tensors, and the file's own name of each.
 
     Raises:
       UserError: two tensors are the same one under names of two generations.
     """
     renamed: dict[str, Tensor] = {}
-    came_from: dict[str, str] = {}
+    own_names: dict[str, str] = {}
     offenders = []
     for name, tensor in tensors.items():
         new = name
@@ -91,14 +95,14 @@ def canonical(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 new = prefix + name[found.end() :]
                 break
         if new in renamed:
-            offenders.append(f"{came_from[new]} and {name}")
-        renamed[new], came_from[new] = tensor, name
+            offenders.append(f"{own_names[new]} and {name}")
+        renamed[new], own_names[new] = tensor, name
     if offenders:
         raise UserError(
             "the checkpoint names the same tensors twice, in two generations' words; keep one of "
             "each:\n  " + "\n  ".join(offenders)
         )
-    return renamed
+    return renamed, own_names
 
 
 def released_name(name: str) -> str:
@@ -106,49 +110,43 @@ def released_name(name: str) -> str:
     for ours, theirs in _RELEASED:
         if name.startswith(ours):
             return theirs + name.removeprefix(ours)
-    raise AssertionError(f"{name} is in no table")
+    return name  # an exit head's
 
 
-def tie(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[Converted]]:
-    """Takes a separate output table out, compared with the input table that it is tied to.
+def tie(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Takes a separate output table out; `check_tied` compares it with the input table.
 
     Args:
       tensors: under the names of transformers 5.
 
     Returns:
-      The tensors without `lm_head`, and its line of the report, if it is there.
-
-    Raises:
-      UserError: the two tables differ.
+      The tensors without `lm_head`, and that one, if both are there.
     """
     if LM_HEAD not in tensors:
-        return dict(tensors), []
+        return dict(tensors), None
     rest = {name: tensor for name, tensor in tensors.items() if name != LM_HEAD}
-    head, table = tensors[LM_HEAD], tensors.get(EMBED_TOKENS)
-    if table is None:
+    if EMBED_TOKENS not in tensors:
         # Of tensors that share memory only one is stored.
-        return rest | {EMBED_TOKENS: head}, []
-    if head.shape != table.shape or head.dtype != table.dtype or not _same(head, table):
+        return rest | {EMBED_TOKENS: tensors[LM_HEAD]}, None
+    return rest, tensors[LM_HEAD]
+
+
+def check_tied(head: Tensor, table: Tensor) -> None:
+    """Reads both tables.
+
+    Raises:
+      UserError: they differ.
+    """
+    same = head.shape == table.shape and head.dtype == table.dtype
+    if not same or not all(
+        np.array_equal(a.view(np.uint8), b.view(np.uint8))
+        for a, b in zip(head.slabs(), table.slabs(), strict=True)
+    ):
         raise UserError(
             f"{LM_HEAD}{f' (in {head.file})' if head.file else ''} differs from {EMBED_TOKENS}, "
             "but PaliGemma 2 ties the two; this is another model, or one that was trained with the "
             "tie cut, which cannot be loaded"
         )
-    line = Converted(
-        source=LM_HEAD,
-        target="llm/embedder/input_embedding",
-        shape=head.shape,
-        dtype=head.dtype.name,
-        transform="equal to embed_tokens, not stored twice",
-    )
-    return rest, [line]
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return all(
-        np.array_equal(a.view(np.uint8), b.view(np.uint8))
-        for a, b in zip(one.slabs(), other.slabs(), strict=True)
-    )
 
 
 def padding_rows(tensors: Mapping[str, Tensor], config: PaliGemma2Config) -> np.ndarray | None:
@@ -263,6 +261,15 @@ def paligemma2_rows(config: PaliGemma2Config) -> list[Row]:
             Row(target=f"{block}/{ours}/scale", sources=(f"{layer}.{theirs}.weight",), shape=(D,))
         )
     return rows
+
+
+def exit_rows(config: PaliGemma2Config) -> list[Row]:
+    """The table of our exit heads as exports carry them: our own layout, dots for slashes."""
+    return [
+        Row(target=path, sources=(path.replace("/", "."),), shape=leaf.shape)
+        for path, leaf in flatten_dict(abstract_params(config), sep="/").items()
+        if path.startswith("exits/")
+    ]
 
 
 def image_rows(target: str, source: str, config: SiglipConfig) -> list[Row]:

@@ -21,7 +21,7 @@ from deevisum_jax.convert.hf_folder import Facts
 from deevisum_jax.convert.npz import open_npz
 from deevisum_jax.convert.rows import Converted, Row, fill, match
 from deevisum_jax.convert.safetensors import open_safetensors
-from deevisum_jax.convert.tensors import DTYPES, Tensor
+from deevisum_jax.convert.tensors import STORED_DTYPES, Tensor
 from deevisum_jax.data.tokenizer import Tokenizer, parse_tokenizer
 from deevisum_jax.errors import UserError
 from deevisum_jax.files import exists
@@ -31,7 +31,6 @@ from deevisum_jax.models.paligemma2 import (
     Params,
     abstract_params,
     get_config,
-    without_exits,
 )
 
 BIG_VISION, HUGGING_FACE = "big_vision", "huggingface"
@@ -44,16 +43,24 @@ class Released:
     path: str
     form: str  # `BIG_VISION` or `HUGGING_FACE`
     tensors: Mapping[str, Tensor]  # under the names of the form's table
+    own_names: Mapping[str, str]  # the file's, by those
     facts: Facts
-    folded: tuple[Converted, ...]  # of the report: tensors that repeat another
+    lm_head: Tensor | None = None  # a copy of the token table
+    heads: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)  # exits, of our exports
+    deevisum: Mapping[str, Any] | None = None  # of our exports: what config.json says of them
 
     @property
     def variant(self) -> str | None:
         """The variant whose sizes these are; None if none has them."""
         return next((name for name, config in VARIANTS.items() if not self._unlike(config)), None)
 
+    @property
+    def exit_layers(self) -> tuple[int, ...]:
+        """Where the exit heads sit that come along; () = none do."""
+        return tuple(self.deevisum["exit_layers"]) if self.heads else ()
+
     def config(self, *, image_size: int | None = None, dtype: str = "") -> PaliGemma2Config:
-        """The model that these are the parameters of, without exit heads.
+        """The model that these are the parameters of.
 
         Args:
           image_size: pixels; None = the checkpoint's own.
@@ -67,17 +74,18 @@ class Released:
                 f"{self.path}: no variant has its sizes ({self.facts.sizes}); give a PaliGemma 2 "
                 "of 3B, 10B or 28B"
             )
-        stored = {tensor.dtype for tensor in self.tensors.values()}
-        lossless = "bfloat16" if stored == {DTYPES["bfloat16"]} else "float32"
+        stored = {tensor.dtype for tensor in (*self.tensors.values(), *self.heads.values())}
+        lossless = "bfloat16" if stored == {STORED_DTYPES["bfloat16"]} else "float32"
         return get_config(
             self.variant,
-            img={"image_size": image_size or self.facts.image_size},
+            img={"image_size": self.facts.image_size if image_size is None else image_size},
             llm={
                 # <image> stands behind the pieces, whose number our models round up.
                 "vocab_size": min(-(-self.facts.image_token // 128) * 128, self.facts.padded_vocab),
                 "final_logits_softcap": self.facts.final_logits_softcap,
                 "sliding_window": self.facts.sliding_window,
             },
+            exit_layers=self.exit_layers,
             param_dtype=dtype or lossless,
         )
 
@@ -112,26 +120,49 @@ class Released:
     def match(self, config: PaliGemma2Config) -> list[Converted]:
         """The report of every tensor; no numbers are read.
 
+        Args:
+          config: of the model; exit heads that do not come along are no part of it.
+
         Raises:
           UserError: as `check` and `rows.match`.
         """
         self.check(config)
-        shapes = abstract_params(without_exits(config))
-        return [*match(self.tensors, self._rows(config), shapes), *self.folded]
+        config = self._with_own_exits(config)
+        report = match(
+            {**self.tensors, **self.heads},
+            self._rows(config),
+            abstract_params(config),
+            path=self.path,
+            spell=lambda name: self.own_names.get(name) or self._spell(name),
+        )
+        if self.lm_head is not None:
+            report.append(
+                Converted(
+                    source=self.own_names[huggingface.LM_HEAD],
+                    target="llm/embedder/input_embedding",
+                    shape=self.lm_head.shape,
+                    dtype=self.lm_head.dtype.name,
+                    transform="compared with embed_tokens, not stored twice",
+                )
+            )
+        return report
 
     def fill(self, config: PaliGemma2Config, abstract: Params) -> Params:
-        """The parameters `img` and `llm`; see `rows.fill`.
+        """The parameters `img` and `llm`, and `exits` if they come along; see `rows.fill`.
 
         Args:
-          config: of the model; the exit heads are no part of a released checkpoint.
-          abstract: shapes, dtypes and shardings, with or without those of exit heads.
+          config: of the model.
+          abstract: shapes, dtypes and shardings of all of its parameters.
 
         Raises:
           UserError: as `match`; or a file is damaged.
         """
-        self.check(config)
-        towers = {name: abstract[name] for name in ("img", "llm")}
-        return fill(self.tensors, self._rows(config), towers)
+        self.match(config)
+        if self.lm_head is not None:
+            huggingface.check_tied(self.lm_head, self.tensors[huggingface.EMBED_TOKENS])
+        config = self._with_own_exits(config)
+        wanted = {name: abstract[name] for name in abstract_params(config)}
+        return fill({**self.tensors, **self.heads}, self._rows(config), wanted)
 
     def vocab_padding(self, config: PaliGemma2Config) -> np.ndarray | None:
         """Rows of the token table behind the vocabulary, [rows, D]; None if there are none."""
@@ -156,12 +187,24 @@ class Released:
             return tokenizer_json.from_tokenizer_json(_read_json(fast), os.fspath(fast))
         return None
 
+    def _with_own_exits(self, config: PaliGemma2Config) -> PaliGemma2Config:
+        return dataclasses.replace(config, exit_layers=self.exit_layers)
+
     def _rows(self, config: PaliGemma2Config) -> list[Row]:
         tables = {
             BIG_VISION: big_vision.paligemma2_rows,
             HUGGING_FACE: huggingface.paligemma2_rows,
         }
-        return tables[self.form](without_exits(config))
+        return tables[self.form](config) + huggingface.exit_rows(config)
+
+    def _spell(self, name: str) -> str:
+        """How the file would call a tensor that it does not have."""
+        owns = self.own_names.values()
+        if self.form == BIG_VISION:
+            prefixed = any(own.startswith(big_vision.PREFIX) for own in owns)
+            return big_vision.PREFIX + name if prefixed else name
+        is_old = any(own.startswith("language_model.model.") for own in owns)
+        return huggingface.released_name(name) if is_old else name
 
     def _unlike(self, config: PaliGemma2Config) -> list[str]:
         wanted = hf_folder.sizes_of(config)
@@ -176,7 +219,7 @@ def is_released(path: str) -> bool:
     """Whether a path looks like a released checkpoint, if a wrong one."""
     if path.endswith(".npz"):
         return True
-    config = epath.Path(path) / hf_folder.CONFIG
+    config = epath.Path(path).expanduser() / hf_folder.CONFIG
     return exists(config) and "model_type" in _read_json(config)
 
 
@@ -188,13 +231,13 @@ def open_released(path: str) -> Released:
     """
     path = os.fspath(epath.Path(path).expanduser())
     if path.endswith(".npz"):
-        tensors = big_vision.without_prefix(open_npz(path))
+        tensors, own_names = big_vision.without_prefix(open_npz(path))
         return Released(
             path=path,
             form=BIG_VISION,
             tensors=tensors,
+            own_names=own_names,
             facts=_big_vision_facts(tensors, path),
-            folded=(),
         )
     folder = epath.Path(path)
     config = folder / hf_folder.CONFIG
@@ -204,21 +247,34 @@ def open_released(path: str) -> Released:
             "PaliGemma 2 checkpoint of big_vision or of Hugging Face"
         )
     preprocessors = [
-        folder / name for name in (hf_folder.PREPROCESSOR_CONFIG, "processor_config.json")
+        folder / name for name in (hf_folder.PREPROCESSOR_CONFIG, hf_folder.PROCESSOR_CONFIG)
     ]
     preprocessor = next((_read_json(file) for file in preprocessors if exists(file)), None)
-    facts = hf_folder.config_facts(_read_json(config), preprocessor, path)
-    tensors, folded = huggingface.tie(huggingface.canonical(open_safetensors(path)))
-    if huggingface.EMBED_TOKENS in tensors:
+    content = _read_json(config)
+    facts = hf_folder.config_facts(content, preprocessor, path)
+    tensors, own_names = huggingface.canonical(open_safetensors(path))
+    tensors, lm_head = huggingface.tie(tensors)
+    if table := tensors.get(huggingface.EMBED_TOKENS):
         # The file may have been resized and its config not.
-        rows = tensors[huggingface.EMBED_TOKENS].shape[:1]
+        rows = table.shape[:1]
         if rows != (facts.padded_vocab,):
             raise UserError(
                 f"{config} says vocab_size {facts.padded_vocab}, but {huggingface.EMBED_TOKENS} in "
-                f"{tensors[huggingface.EMBED_TOKENS].file} has {rows} rows; download both again"
+                f"{table.file} has {rows} rows; download both again"
             )
+    heads: Mapping[str, Tensor] = {}
+    if "deevisum" in content:
+        heads = open_safetensors(folder / hf_folder.HEADS_FILE)
+        hf_folder.check_deevisum(content["deevisum"], config)
     return Released(
-        path=path, form=HUGGING_FACE, tensors=tensors, facts=facts, folded=tuple(folded)
+        path=path,
+        form=HUGGING_FACE,
+        tensors=tensors,
+        own_names=own_names,
+        facts=facts,
+        lm_head=lm_head,
+        heads=heads,
+        deevisum=content.get("deevisum"),
     )
 
 

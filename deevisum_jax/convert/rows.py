@@ -10,14 +10,14 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from deevisum_jax.convert.tensors import DTYPES, Tensor, read, slab_bounds
+from deevisum_jax.convert.tensors import STORED_DTYPES, Tensor, read, slab_bounds
 from deevisum_jax.errors import UserError
 from deevisum_jax.models.pytree import Params
 from deevisum_jax.models.siglip import resample_pos_embedding
@@ -114,13 +114,22 @@ class Converted:
     transform: str
 
 
-def match(tensors: Mapping[str, Tensor], rows: Sequence[Row], abstract: Params) -> list[Converted]:
+def match(
+    tensors: Mapping[str, Tensor],
+    rows: Sequence[Row],
+    abstract: Params,
+    *,
+    path: str = "",
+    spell: Callable[[str], str] = str,
+) -> list[Converted]:
     """Compares names, shapes and dtypes, and reads no numbers.
 
     Args:
       tensors: all of a checkpoint's, under the names that `rows` use.
       rows: one per parameter.
       abstract: what is to be filled: nested dictionary of anything with `shape` and `dtype`.
+      path: of the checkpoint, for messages.
+      spell: the checkpoint's own spelling of a name of the table.
 
     Returns:
       The report, a line per tensor and parameter.
@@ -140,8 +149,9 @@ def match(tensors: Mapping[str, Tensor], rows: Sequence[Row], abstract: Params) 
                 continue
             tensor = tensors[source]
             transform = row.transform
-            if tensor.dtype not in DTYPES.values():
-                offenders[source] = f"dtype {tensor.dtype}, wanted one of {', '.join(DTYPES)}"
+            if tensor.dtype not in STORED_DTYPES.values():
+                wanted = ", ".join(STORED_DTYPES)
+                offenders[source] = f"dtype {tensor.dtype}, wanted one of {wanted}"
             elif row.resample and _resamples(tensor.shape, row.shape):
                 transform = f"resample from {tensor.shape}, {transform}"
             elif not _fits(tensor.shape, row):
@@ -149,7 +159,7 @@ def match(tensors: Mapping[str, Tensor], rows: Sequence[Row], abstract: Params) 
             taken[source] += row.shape[0] if row.cut is None else row.cut[1] - row.cut[0]
             report.append(
                 Converted(
-                    source=source,
+                    source=spell(source),
                     target=row.target + (str(list(index)) if index else ""),
                     shape=tensor.shape,
                     dtype=tensor.dtype.name,
@@ -159,11 +169,12 @@ def match(tensors: Mapping[str, Tensor], rows: Sequence[Row], abstract: Params) 
     offenders |= {name: "no parameter takes it" for name, count in taken.items() if count == 0}
     if offenders:
         lines = [
-            f"{name}: {reason}{_where(tensors.get(name))}" for name, reason in offenders.items()
+            f"{spell(name)}: {reason}{_where(tensors.get(name))}"
+            for name, reason in offenders.items()
         ]
         raise UserError(
-            f"{len(offenders)} tensors do not fit the model; check that the variant is the "
-            "checkpoint's:\n  " + "\n  ".join(lines)
+            f"{len(offenders)} tensors{f' of {path}' if path else ''} do not fit the model; the "
+            "file is not whole, or of another model:\n  " + "\n  ".join(lines)
         )
     return report
 
@@ -174,19 +185,20 @@ def fill(tensors: Mapping[str, Tensor], rows: Sequence[Row], abstract: Params) -
     Memory beyond the result: a few slabs; and where the result is not in the host's own memory,
     what its devices hold of two parameters.
 
+    Every process walks over all of the checkpoint and keeps what its own devices hold.
+
     Args:
-      tensors: all of a checkpoint's, under the names that `rows` use.
+      tensors: all of a checkpoint's, under the names that `rows` use; those that `match` accepts.
       rows: one per parameter.
       abstract: shapes, dtypes and (if any) shardings of what is to be filled, as
-        `sharding.abstract` makes it. Every process reads what its own devices hold.
+        `sharding.abstract` makes it.
 
     Returns:
       Nested dictionary of jax arrays.
 
     Raises:
-      UserError: as `match`; or a file is damaged, or holds numbers that are not finite.
+      UserError: a file is damaged, or holds numbers that are not finite.
     """
-    match(tensors, rows, abstract)
     targets = flatten_dict(abstract, sep="/")
     # The largest first, so that no one thread is left with it.
     rows = sorted(rows, key=lambda row: -math.prod(targets[row.target].shape))
@@ -278,11 +290,11 @@ def _where(tensor: Tensor | None) -> str:
 
 
 def _fits(given: tuple[int, ...], row: Row) -> bool:
-    return (
+    return given == row.shape or (
         len(given) == len(row.shape)
         and given[1:] == row.shape[1:]
         and 0 <= given[0] - row.shape[0] <= row.max_padding
-    ) or given == row.shape
+    )
 
 
 def _resamples(given: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
@@ -390,7 +402,7 @@ def _copy(out: np.ndarray, x: np.ndarray) -> None:
         # Bits are bits; numpy has no fast path for a dtype that is not its own.
         bits = np.dtype(f"u{out.dtype.itemsize}")
         out, x = out.view(bits), x.view(bits)
-    elif (x.dtype, out.dtype) == (DTYPES["bfloat16"], DTYPES["float32"]):
+    elif (x.dtype, out.dtype) == (STORED_DTYPES["bfloat16"], STORED_DTYPES["float32"]):
         # bfloat16 is the upper half of float32.
         bits = np.dtype(np.uint32)
         _in_strips(
@@ -420,7 +432,7 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def _check_finite(slab: np.ndarray, name: str, tensor: Tensor) -> None:
-    if slab.dtype == DTYPES["bfloat16"]:
+    if slab.dtype == STORED_DTYPES["bfloat16"]:
         # The largest exponent means infinity or NaN.
         finite = not slab.size or np.bitwise_and(slab.view(np.uint16), 0x7FFF).max() < 0x7F80
     else:

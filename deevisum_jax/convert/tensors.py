@@ -19,7 +19,7 @@ import numpy as np
 from deevisum_jax.errors import UserError
 
 # What weights may be stored in, by the names that reports and configs use.
-DTYPES = {
+STORED_DTYPES = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
@@ -38,7 +38,7 @@ class Tensor(Protocol):
 
     @property
     def dtype(self) -> np.dtype:
-        """As stored; one of `DTYPES`, or another that `fill` will refuse by name."""
+        """As stored; one of `STORED_DTYPES`, or another that `fill` will refuse by name."""
 
     @property
     def file(self) -> str:
@@ -134,14 +134,14 @@ class _Cast:
 
 
 def named_dtype(name: str) -> np.dtype:
-    """A dtype of `DTYPES` by name.
+    """A dtype of `STORED_DTYPES` by name.
 
     Raises:
       UserError: weights are not stored in it.
     """
-    if name not in DTYPES:
-        raise UserError(f"dtype {name!r} is none that weights come in: {', '.join(DTYPES)}")
-    return DTYPES[name]
+    if name not in STORED_DTYPES:
+        raise UserError(f"dtype {name!r} is none that weights come in: {', '.join(STORED_DTYPES)}")
+    return STORED_DTYPES[name]
 
 
 def is_shape(shape: Sequence[Any]) -> bool:

@@ -141,7 +141,12 @@ def from_tokenizer_json(content: Mapping[str, Any], file: str = TOKENIZER_JSON) 
       UserError: no byte-fallback BPE that SentencePiece can express, or not PaliGemma's id layout.
     """
     _check_pipeline(content, file)
-    names, added = _names(content, file)
+    try:
+        names, added = _names(content, file)
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{file}: model.vocab or added_tokens are damaged ({error!r}); download it again"
+        ) from None
     vocabulary = set(names)
     byte_names = {}
     for byte, name in enumerate(_BYTES):

@@ -52,6 +52,7 @@ from deevisum_jax.convert.rows import Converted, Row, fill, match
 from deevisum_jax.convert.safetensors import open_safetensors
 from deevisum_jax.convert.tensors import Tensor, read
 from deevisum_jax.errors import UserError
+from deevisum_jax.files import exists
 from deevisum_jax.models.pytree import Params
 from deevisum_jax.models.two_towers import TwoTowersConfig, abstract_params
 
@@ -84,15 +85,15 @@ def load(
       UserError: nothing of the kind is there, it is another kind of model, or its tensors are not
         the model's; all that do not fit are listed.
     """
-    path = epath.Path(path)
+    path = epath.Path(path).expanduser()
     abstract = abstract_params(config)
     if shardings is not None:
         abstract = sharding.abstract(abstract, shardings)
     lines = []
     if path.suffix == ".npz":
-        tensors = big_vision.without_prefix(open_npz(path))
+        tensors, _ = big_vision.without_prefix(open_npz(path))
         rows = big_vision_rows(config, tensors)
-    elif path.suffix == ".safetensors" or path.is_dir():
+    elif path.suffix == ".safetensors" or exists(path / _CONFIG_FILE) or path.is_dir():
         _check_config(path, config)
         tensors, lines = _without_position_ids(open_safetensors(path))
         rows = huggingface_rows(config)
@@ -101,7 +102,7 @@ def load(
             f"{path} is no SigLIP checkpoint: give big_vision's .npz file, or Hugging Face's "
             "folder with config.json and model.safetensors"
         )
-    report = match(tensors, rows, abstract) + lines
+    report = match(tensors, rows, abstract, path=str(path)) + lines
     return fill(tensors, rows, abstract), report
 
 
@@ -250,6 +251,9 @@ def _check_config(path: epath.Path, config: TwoTowersConfig) -> None:
     offenders = []
     for section, tower in (("vision_config", config.img), ("text_config", config.txt)):
         given = theirs.get(section) or {}
+        if not isinstance(given, dict):
+            offenders.append(f"{section}: {given!r}, wanted a section")
+            continue
         # A file leaves out what is transformers' default.
         for field, default, wanted in (
             ("num_attention_heads", 12, tower.num_heads),

@@ -37,6 +37,11 @@ class Tokenizer:
         return self.processor.vocab_size()
 
     @property
+    def pieces(self) -> list[str]:
+        """By id, behind the first four, whose names may differ between files of one tokenizer."""
+        return [self.processor.id_to_piece(i) for i in range(UNK + 1, self.vocab_size)]
+
+    @property
     def separator(self) -> list[int]:
         """Ids of the newline that ends the prefix (one id in PaliGemma's file: 108)."""
         return self.encode(SEPARATOR)

@@ -68,6 +68,11 @@ class SiglipConfig(EncoderConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.image_size < self.patch_size:
+            raise UserError(
+                f"img.image_size {self.image_size} is less than one patch of img.patch_size "
+                f"{self.patch_size}; take a multiple of it"
+            )
         if self.image_size % self.patch_size and not self.crop_to_patches:
             raise UserError(
                 f"img.image_size {self.image_size} is no multiple of img.patch_size "

@@ -2,14 +2,11 @@
 
 import jax
 import numpy as np
-import pytest
 
 from deevisum_jax.convert import big_vision
-from deevisum_jax.convert.rows import fill, match, spill
-from deevisum_jax.convert.tensors import ArrayTensor, read
-from deevisum_jax.errors import UserError
-from deevisum_jax.models.paligemma2 import VARIANTS, abstract_params, get_config, init_params
-from tests.convert.trees import small
+from deevisum_jax.convert.rows import fill, spill
+from deevisum_jax.convert.tensors import ArrayTensor
+from deevisum_jax.models.paligemma2 import abstract_params, get_config, init_params
 
 # The 34 leaves of a PaliGemma 2 3B at 224 pixels, as big_vision's own model makes them.
 BLOCK = "img/Transformer/encoderblock"
@@ -63,38 +60,19 @@ def test_the_3b_s_tensors_are_big_vision_s():
     assert {name: tensor.shape for name, tensor in theirs.items()} == LEAVES
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name.startswith("paligemma2")])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_parameters_go_there_and_back_to_the_bit_in_every_size_s_tree(name, dtype):
-    config = small(name, param_dtype=dtype)
-    params = init_params(config, jax.random.key(0))
-    there = spill(params, table(config))
-    back = fill(there, table(config), abstract_params(config))
-    jax.tree.map(np.testing.assert_array_equal, back, params)
-    again = spill(back, table(config))
-    for name, tensor in there.items():
-        assert tensor.dtype == dtype
-        np.testing.assert_array_equal(read(again[name]), read(tensor))
-
-
 def test_keys_may_carry_a_prefix():
     plain = {"img/head/bias": ArrayTensor(np.zeros(1)), "llm/x": ArrayTensor(np.zeros(1))}
     prefixed = {f"params/{name}": tensor for name, tensor in plain.items()}
-    assert big_vision.without_prefix(plain) == plain
-    assert big_vision.without_prefix(prefixed) == plain
-    mixed = {"params/img/head/bias": plain["img/head/bias"], "llm/x": plain["llm/x"]}
-    assert big_vision.without_prefix(mixed) == mixed
+    assert big_vision.without_prefix(plain)[0] == plain
+    assert big_vision.without_prefix(prefixed)[0] == plain
+    assert big_vision.without_prefix(prefixed)[1]["llm/x"] == "params/llm/x"
 
 
-def test_an_optimizer_s_state_is_no_parameter():
-    config = get_config("tiny")
-    tensors = spill(init_params(config, jax.random.key(0)), table(config))
-    with pytest.raises(UserError, match="opt/0/mu: no parameter takes it"):
-        match(
-            {**tensors, "opt/0/mu": ArrayTensor(np.zeros(1))},
-            table(config),
-            abstract_params(config),
-        )
+def test_an_optimizer_s_state_beside_params_is_left():
+    params = {"params/x": ArrayTensor(np.zeros(1))}
+    optimizer = {"opt/0/mu/x": ArrayTensor(np.ones(1))}
+    assert big_vision.without_prefix(params | optimizer)[0] == {"x": params["params/x"]}
+    assert big_vision.without_prefix(optimizer)[0] == optimizer
 
 
 def test_pictures_of_another_size_resample_the_position_embeddings():

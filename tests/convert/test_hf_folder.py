@@ -299,12 +299,13 @@ def test_other_preparation_of_images_is_refused(field, value, fault):
         hf_folder.config_facts(SPARSE, {"image_processor": {field: value}}, "DIR")
 
 
-def test_the_folder_is_all_but_the_weights(folder):
+def test_the_folder_is_all_but_the_weights_and_the_exit_heads(folder):
     assert sorted(path.name for path in folder.iterdir()) == [
         "NOTICE",
         "README.md",
         "config.json",
         "generation_config.json",
+        "modeling_deevisum.py",
         "preprocessor_config.json",
         "special_tokens_map.json",
         "tokenizer.json",

@@ -11,7 +11,7 @@ from deevisum_jax.convert.npz import open_npz, write_npz
 from deevisum_jax.convert.rows import fill, spill
 from deevisum_jax.convert.safetensors import open_safetensors, write_safetensors
 from deevisum_jax.models.paligemma2 import VARIANTS, abstract_params, init_params
-from tests.convert.trees import hugging_face_model, small, write_big_vision
+from tests.checkpoint_files import hugging_face_model, small, write_big_vision
 
 SIZES = [name for name in VARIANTS if name.startswith("paligemma2")]
 
@@ -24,7 +24,8 @@ def test_an_npz_of_big_vision(name, dtype, tmp_path):
     before = write_big_vision(
         tmp_path / "before.npz", init_params(config, jax.random.key(0)), config
     )
-    params = fill(big_vision.without_prefix(open_npz(before)), table, abstract_params(config))
+    tensors, _ = big_vision.without_prefix(open_npz(before))
+    params = fill(tensors, table, abstract_params(config))
     write_npz(tmp_path / "after.npz", big_vision.with_prefix(spill(params, table)))
     before, after = np.load(before), np.load(tmp_path / "after.npz")
     assert sorted(before) == sorted(after)
@@ -42,7 +43,7 @@ def test_a_folder_of_hugging_face(name, dtype, tmp_path):
     table = huggingface.paligemma2_rows(config)
     before = hugging_face_model(init_params(config, jax.random.key(0)), config)
     before.save_pretrained(tmp_path / "before", max_shard_size="100KB")
-    tensors = huggingface.canonical(open_safetensors(tmp_path / "before"))
+    tensors, _ = huggingface.canonical(open_safetensors(tmp_path / "before"))
     params = fill(tensors, table, abstract_params(config))
     there = huggingface.padded(spill(params, table), huggingface.padding_rows(tensors, config))
     there = {huggingface.released_name(key): tensor for key, tensor in there.items()}

@@ -55,7 +55,23 @@ def test_rows_behind_the_vocabulary_are_left():
     np.testing.assert_array_equal(w, SOURCE[:4])
     row = Row(target="w", sources=("q",), shape=(3, 2), max_padding=2)
     with pytest.raises(UserError, match=r"q: shape \(6, 2\), wanted \(3, 2\) for w \(in a.npz\)"):
-        fill(checkpoint(q=SOURCE), [row], {"w": abstract((3, 2))})
+        match(checkpoint(q=SOURCE), [row], {"w": abstract((3, 2))})
+
+
+def test_parameters_on_an_accelerator_come_back_part_by_part(monkeypatch):
+    monkeypatch.setattr(rows_lib, "_on_this_host", lambda leaf: False)
+    source = np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32)
+    tensors = {f"{i}.{name}": ArrayTensor(source + i) for i in range(2) for name in "kv"}
+    row = Row(
+        target="w", sources=("{i}.k", "{i}.v"), shape=(6, 8), split=(2, 3, 8), order=(0, 2, 1)
+    )
+    where = jax.sharding.NamedSharding(
+        sharding.make_mesh(data=2, fsdp=2, tensor=2),
+        jax.sharding.PartitionSpec(None, None, "data", "fsdp", None),
+    )
+    params = fill(tensors, [row], {"w": abstract((2, 2, 2, 8, 3), where=where)})
+    for name, tensor in spill(params, [row]).items():
+        np.testing.assert_array_equal(tensors_lib.read(tensor), tensors[name].array)
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (1, 2, 0), (2, 0, 1), (2, 1, 0)])
@@ -94,11 +110,11 @@ def test_a_parameter_is_filled_where_it_lives(spec):
 @pytest.mark.parametrize("given", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("wanted", ["float32", "bfloat16"])
 def test_numbers_are_cast_as_numpy_casts_them(given, wanted):
-    source = np.random.default_rng(0).normal(size=(130, 3)).astype(tensors_lib.DTYPES[given])
+    source = np.random.default_rng(0).normal(size=(130, 3)).astype(tensors_lib.STORED_DTYPES[given])
     row = Row(target="w", sources=("w",), shape=(130, 3), order=(1, 0))
     w = fill({"w": ArrayTensor(source)}, [row], {"w": abstract((3, 130), wanted)})["w"]
     assert w.dtype == wanted
-    np.testing.assert_array_equal(w, source.T.astype(tensors_lib.DTYPES[wanted]))
+    np.testing.assert_array_equal(w, source.T.astype(tensors_lib.STORED_DTYPES[wanted]))
 
 
 def test_position_embeddings_of_another_grid_are_resampled():
@@ -110,7 +126,7 @@ def test_position_embeddings_of_another_grid_are_resampled():
     [line] = match(tensors, [row], {"w": abstract((1, 9, 1))})
     assert line.transform == "resample from (4, 1), reshape (1, 9, 1)"
     with pytest.raises(UserError, match=r"p: shape \(5, 1\), wanted \(9, 1\)"):
-        fill({"p": ArrayTensor(np.zeros((5, 1), np.float32))}, [row], {"w": abstract((1, 9, 1))})
+        match({"p": ArrayTensor(np.zeros((5, 1), np.float32))}, [row], {"w": abstract((1, 9, 1))})
 
 
 def test_the_report_says_what_became_of_each_source():
@@ -133,9 +149,9 @@ def test_all_offenders_are_listed_at_once():
     given = checkpoint(q=SOURCE[:5], x=np.zeros(2, np.int32), lora=np.zeros(1, np.float32))
     shapes = {"w": abstract((2, 2, 3)), "x": abstract((2,)), "y": abstract((2,))}
     with pytest.raises(UserError) as error:
-        fill(given, rows, shapes)
+        match(given, rows, shapes, path="a.npz")
     message = str(error.value)
-    assert message.startswith("4 tensors do not fit the model")
+    assert message.startswith("4 tensors of a.npz do not fit the model")
     assert "q: shape (5, 2), wanted (6, 2) for w (in a.npz)" in message
     assert "x: dtype int32, wanted one of float32, bfloat16, float16 (in a.npz)" in message
     assert "y: missing, wanted for y" in message

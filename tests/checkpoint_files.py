@@ -3,11 +3,21 @@
 import pathlib
 import shutil
 
+import jax
 import numpy as np
 
+from deevisum_jax import checkpoints, datasets, experiment, optim, runs, train_step
+from deevisum_jax.config import Config
 from deevisum_jax.convert import big_vision, huggingface, rows
 from deevisum_jax.convert.tensors import read
-from deevisum_jax.models.paligemma2 import VARIANTS, PaliGemma2Config, Params, get_config
+from deevisum_jax.data import pipeline
+from deevisum_jax.models.paligemma2 import (
+    VARIANTS,
+    PaliGemma2Config,
+    Params,
+    get_config,
+    init_params,
+)
 
 
 def small(name: str, **overrides) -> PaliGemma2Config:
@@ -67,3 +77,21 @@ def hugging_face_model(params: Params, config: PaliGemma2Config):
     }
     theirs.load_state_dict({**state, "lm_head.weight": state[huggingface.EMBED_TOKENS]})
     return theirs
+
+
+def write_run(workdir: pathlib.Path, config: Config) -> None:
+    """A run of one step with random parameters, as `main` leaves it but for its report."""
+    runs.claim(workdir, config)
+    records = datasets.Dataset(config.data.dataset, config.data.data_dir).split("train")
+    template = experiment.make_template(config, workdir)
+    tokens = experiment.make_tokenizer(config, workdir, template, records)
+    model = experiment.model_config(config, tokens)
+    encoder = experiment.make_encoder(config, tokens, template, model.img.image_size)
+    batches = pipeline.train_iterator(
+        experiment.make_source(config, records, encoder), batch_size=8, seed=0
+    )
+    schedule = optim.make_schedule(config.optim, config.total_steps)
+    params = init_params(model, jax.random.key(3))
+    state = train_step.init_state(params, optim.make_optimizer(config.optim, schedule))
+    with checkpoints.Checkpoints(workdir / runs.CHECKPOINT_FOLDER, config.checkpoint) as saved:
+        saved.save(1, state, batches, {"tau": 0.0})

@@ -1,23 +1,20 @@
-"""Parameters on their way out: as a Hugging Face folder, as a big_vision npz, as our own weights.
+"""Weights from one form into another: released ones into ours, ours into released ones.
 
-What goes out is a trained run, converted weights, or a released checkpoint that only changes its
-form. The scripts `export_hf.py`, `export_big_vision.py` and `convert_weights.py` are this module's
-flags.
+What is read is a trained run, converted weights, or a released checkpoint. The scripts
+`convert_weights.py`, `export_hf.py` and `export_big_vision.py` are this module's flags.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.resources
 import json
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
-from flax.traverse_util import flatten_dict
 
 from deevisum_jax import config as config_lib
 from deevisum_jax import experiment, initialization, runs, sharding
@@ -25,29 +22,25 @@ from deevisum_jax.config import Config
 from deevisum_jax.convert import big_vision, hf_folder, huggingface, npz, released, safetensors
 from deevisum_jax.convert.released import Released
 from deevisum_jax.convert.rows import Converted, spill
-from deevisum_jax.convert.tensors import ArrayTensor, Tensor, cast, named_dtype
+from deevisum_jax.convert.tensors import Tensor, cast, named_dtype
 from deevisum_jax.data import prompts, tokenizer
 from deevisum_jax.data.tokenizer import Tokenizer
 from deevisum_jax.errors import UserError
-from deevisum_jax.files import whole_folder, write_whole
-from deevisum_jax.initialization import FromReleased, FromRun, Weights
+from deevisum_jax.files import check_local, whole_folder, writing
+from deevisum_jax.initialization import FromReleased, FromRun, FromWeights
 from deevisum_jax.models import paligemma2
 from deevisum_jax.models.paligemma2 import PaliGemma2Config, Params
-
-HEADS_FILE = "deevisum_heads.safetensors"
-MODELING_FILE = "modeling_deevisum.py"
-_DEEVISUM_FORMAT = 1  # of config.json's section and of HEADS_FILE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-    """What goes out, its parameters not read yet."""
+    """What is converted or exported, its parameters not read yet."""
 
     path: str
     config: PaliGemma2Config
     resize: str  # of `typing.RESIZES`
     tokens: Tokenizer | None
-    start: FromRun | FromReleased | Weights
+    start: FromRun | FromReleased | FromWeights
     run: Config | None  # None: weights that nothing of ours was trained on
 
     def load(self) -> Params:
@@ -58,17 +51,24 @@ class Source:
         return self.start.load(self.config, abstract, jax.random.key(0))
 
     @property
-    def from_google(self) -> bool:
-        """Whether the weights descend from released ones; so do those whose line is lost."""
-        run = self.run
+    def origin(self) -> str | None:
+        """The released weights at the root of it; None for a model trained from scratch.
+
+        A run's line is followed as far as it is there; where it is lost, so is the name, but not
+        the suspicion.
+        """
+        run, found = self.run, self.path
         seen = set()
         while run is not None and run.initialization not in seen:
-            if run.initialization == config_lib.FROM_SCRATCH:
-                return False
-            seen.add(run.initialization)
-            earlier = pathlib.Path(run.initialization).expanduser()
+            found = run.initialization
+            if found == config_lib.FROM_SCRATCH:
+                return None
+            seen.add(found)
+            earlier = pathlib.Path(found).expanduser()
             run = None if runs.missing_parts(earlier) else FromRun(earlier).config
-        return True
+        if initialization.is_weights(found):
+            return FromWeights(epath.Path(found).expanduser()).facts["source"]
+        return found
 
 
 def open_source(
@@ -96,7 +96,7 @@ def open_source(
         run, tokens = start.config, start.tokenizer()
         config, resize = experiment.model_config(run, tokens), start.settings.resize
     elif initialization.is_weights(checkpoint):
-        start, run = Weights(epath.Path(checkpoint).expanduser()), None
+        start, run = FromWeights(epath.Path(checkpoint).expanduser()), None
         tokens, config, resize = start.tokenizer(), start.model_config(), start.settings.resize
     elif released.is_released(checkpoint):
         is_released = True
@@ -110,15 +110,18 @@ def open_source(
             "no converted weights, no .npz of big_vision and no Hugging Face folder of PaliGemma "
             "2; give one of them"
         )
-    if not is_released and (image_size or dtype):
+    if not is_released and (image_size is not None or dtype):
         raise UserError(
             f"{checkpoint} is as it was made; image size and dtype are only chosen for released "
             "checkpoints"
         )
     if tokenizer_path:
         given = tokenizer.load_tokenizer(tokenizer_path)
-        if run is not None:
-            raise UserError(f"{checkpoint} is a run and has its tokenizer; leave --tokenizer out")
+        if tokens is not None and given.pieces != tokens.pieces:
+            raise UserError(
+                f"{checkpoint} brings its own tokenizer, and {tokenizer_path} has other pieces; "
+                "leave --tokenizer out"
+            )
         if not 0 <= config.llm.vocab_size - given.vocab_size < 128:
             raise UserError(
                 f"tokenizer {tokenizer_path} has {given.vocab_size} pieces, the model "
@@ -130,18 +133,24 @@ def open_source(
     )
 
 
-def convert_weights(source: Source, out: pathlib.Path) -> list[Converted]:
+def convert(source: Source, out: pathlib.Path) -> list[Converted]:
     """Writes a released checkpoint as converted weights; returns the report of every tensor.
 
     Raises:
       UserError: it is not released, does not fit, is damaged, or `out` cannot be written.
     """
     found = _demand_released(source)
+    if found.exit_layers:
+        raise UserError(
+            f"{source.path} is an export of ours with exit heads, which converted weights do not "
+            f"hold; train with initialization={source.path}"
+        )
     report = found.match(source.config)
     with whole_folder(out) as folder:
+        params = source.load()
         initialization.save_weights(
             folder,
-            source.load(),
+            params,
             source.config,
             variant=found.variant,
             resize=source.resize,
@@ -154,7 +163,7 @@ def convert_weights(source: Source, out: pathlib.Path) -> list[Converted]:
 
 
 def report_of(source: Source) -> list[Converted]:
-    """The report that `convert_weights` would give; reads headers only and writes nothing."""
+    """The report that `convert` would give; reads headers only and writes nothing."""
     return _demand_released(source).match(source.config)
 
 
@@ -171,10 +180,14 @@ def export_big_vision(source: Source, out: pathlib.Path, *, dtype: str = "") -> 
     """
     if out.suffix != ".npz":
         raise UserError(f"{out} does not end in .npz, by which big_vision knows its checkpoints")
+    check_local(out)
     if out.exists():
         raise UserError(f"{out} is there already; give --out a new name")
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"{out.parent} is no folder; make it, or give --out a file in another")
     tensors = spill(_towers(source.load()), big_vision.paligemma2_rows(source.config))
-    npz.write_npz(out, big_vision.with_prefix(_in_dtype(tensors, dtype)))
+    with writing(out):
+        npz.write_npz(out, big_vision.with_prefix(_in_dtype(tensors, dtype)))
 
 
 def export_hf(
@@ -213,34 +226,36 @@ def export_hf(
         tensors = spill(_towers(params), huggingface.paligemma2_rows(config))
         tensors = huggingface.padded(tensors, padding)
         tensors = {huggingface.released_name(name): tensor for name, tensor in tensors.items()}
-        safetensors.write_safetensors(
-            folder, _in_dtype(tensors, dtype), max_shard_bytes=max_shard_bytes
-        )
-        section = None
-        if config.exit_layers:
-            section = _deevisum_section(source)
-            _write_heads(folder, params["exits"])
-        report = _read_report(source)
+        section = _deevisum_section(source) if config.exit_layers else None
         card = hf_folder.model_card(
             config,
             title=title or out.resolve().name,
             deevisum=section,
-            report=report,
+            report=_read_report(source),
             dataset=source.run.data.dataset if source.run else None,
-            base_model=_base_model(source),
-            gemma_terms=source.from_google,
+            base_model=_base_model(source.origin),
+            gemma_terms=source.origin is not None,
         )
-        hf_folder.write_folder(
-            folder,
-            config=config,
-            tokenizer=tokens,
-            table_rows=config.llm.vocab_size + len(padding),
-            dtype=dtype or config.param_dtype,
-            resize=source.resize,
-            deevisum=section,
-            card=card,
-            gemma_terms=source.from_google,
-        )
+        with writing(out):
+            safetensors.write_safetensors(
+                folder, _in_dtype(tensors, dtype), max_shard_bytes=max_shard_bytes
+            )
+            if section is not None:
+                heads = spill({"exits": params["exits"]}, huggingface.exit_rows(config))
+                safetensors.write_safetensors_file(
+                    folder / hf_folder.HEADS_FILE, _in_dtype(heads, dtype)
+                )
+            hf_folder.write_folder(
+                folder,
+                config=config,
+                tokenizer=tokens,
+                table_rows=config.llm.vocab_size + len(padding),
+                dtype=dtype or config.param_dtype,
+                resize=source.resize,
+                deevisum=section,
+                card=card,
+                gemma_terms=source.origin is not None,
+            )
 
 
 def _demand_released(source: Source) -> Released:
@@ -265,10 +280,12 @@ def _in_dtype(tensors: Mapping[str, Tensor], dtype: str) -> Mapping[str, Tensor]
 def _deevisum_section(source: Source) -> dict[str, Any]:
     """What modeling_deevisum.py needs to know besides sizes."""
     run = source.run
+    if run is None:
+        return dict(source.start.checkpoint.deevisum)  # of an export of ours, as it came
     template = prompts.load_template(str(source.start.folder / runs.TEMPLATE_FILE))
     encoder = experiment.make_encoder(run, source.tokens, template, source.config.img.image_size)
     return {
-        "format": _DEEVISUM_FORMAT,
+        "format": hf_folder.DEEVISUM_FORMAT,
         "exit_layers": list(source.config.exit_layers),
         "exit_threshold": run.eval.exit_threshold,
         "label_tokens": list(encoder.prompts.label_tokens),
@@ -280,19 +297,6 @@ def _deevisum_section(source: Source) -> dict[str, Any]:
     }
 
 
-def _write_heads(folder: pathlib.Path, exits: Params) -> None:
-    """The exit heads, in our own layout, and the PyTorch model that reads them."""
-    safetensors.write_safetensors_file(
-        folder / HEADS_FILE,
-        {
-            f"exits.{name}": ArrayTensor(np.asarray(leaf))
-            for name, leaf in flatten_dict(exits, sep=".").items()
-        },
-    )
-    code = importlib.resources.files("deevisum_jax.convert") / "torch" / MODELING_FILE
-    write_whole(folder / MODELING_FILE, code.read_text(encoding="utf-8"))
-
-
 def _read_report(source: Source) -> dict[str, Any] | None:
     if source.run is None:
         return None
@@ -300,13 +304,7 @@ def _read_report(source: Source) -> dict[str, Any] | None:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
-def _base_model(source: Source) -> str | None:
-    """The name that Google's weights of these sizes have on the Hub."""
-    if not source.from_google:
-        return None
-    sizes = hf_folder.sizes_of(source.config)
-    for name, config in paligemma2.VARIANTS.items():
-        if name.startswith("paligemma2_") and hf_folder.sizes_of(config) == sizes:
-            size = name.removeprefix("paligemma2_")
-            return f"google/paligemma2-{size}-pt-{source.config.img.image_size}"
-    return None
+def _base_model(origin: str | None) -> str | None:
+    """The name that released weights have on the Hub, if their path still says it."""
+    found = re.search(r"paligemma2-(3b|10b|28b)-[a-z0-9-]*(224|448|896)", origin or "")
+    return f"google/{found[0]}" if found else None

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +11,15 @@ import pytest
 import torch
 import transformers
 
-from deevisum_jax import checkpoints, datasets, experiment, export, optim, runs, train_step
+from deevisum_jax import config as config_lib
+from deevisum_jax import datasets, experiment, runs, weights
 from deevisum_jax.convert import big_vision, rows
-from deevisum_jax.convert.tensors import DTYPES, read
-from deevisum_jax.data import pipeline, tokenizer
+from deevisum_jax.convert.tensors import STORED_DTYPES, read
+from deevisum_jax.data import pipeline, prompts, tokenizer
 from deevisum_jax.errors import UserError
 from deevisum_jax.inference import generation, scoring
 from deevisum_jax.models import paligemma2
-from tests.convert.trees import write_big_vision, write_hugging_face
+from tests.checkpoint_files import write_big_vision, write_hugging_face, write_run
 from tests.hf_reference import hf_inputs
 
 COMPOSITE = 1e-4
@@ -33,26 +35,11 @@ def _quiet_and_exact(tmp_path_factory, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def run(tiny_config, data_dir, tmp_path_factory) -> pathlib.Path:
+def run(tiny_config, tmp_path_factory) -> pathlib.Path:
     """A run's folder with random parameters loud enough for exits to differ."""
     workdir = tmp_path_factory.mktemp("runs") / "tiny"
-    config = tiny_config(f"eval.exit_threshold={THRESHOLD}", "model.exit_layers=(1, 2, 4)")
-    runs.claim(workdir, config)
-    template = experiment.make_template(config, workdir)
-    records = datasets.Dataset("synthetic/tiny", str(data_dir)).split("train")
-    tokens = experiment.make_tokenizer(config, workdir, template, records)
-    model = experiment.model_config(config, tokens)
-    params = paligemma2.init_params(model, jax.random.key(3))
-    tx = optim.make_optimizer(config.optim, optim.make_schedule(config.optim, config.total_steps))
-    batches = pipeline.train_iterator(
-        experiment.make_source(
-            config, records, experiment.make_encoder(config, tokens, template, 28)
-        ),
-        batch_size=8,
-        seed=0,
-    )
-    with checkpoints.Checkpoints(workdir / runs.CHECKPOINT_FOLDER, config.checkpoint) as saved:
-        saved.save(1, train_step.init_state(params, tx), batches, {"tau": 0.0})
+    overrides = (f"eval.exit_threshold={THRESHOLD}", "model.exit_layers=(1, 2, 4)")
+    write_run(workdir, tiny_config(*overrides))
     (workdir / "report.json").write_text(json.dumps(REPORT))
     return workdir
 
@@ -67,22 +54,22 @@ REPORT = {
 @pytest.fixture(scope="module")
 def exported(run, tmp_path_factory) -> pathlib.Path:
     out = tmp_path_factory.mktemp("exported") / "tiny"
-    export.export_hf(export.open_source(str(run)), out)
+    weights.export_hf(weights.open_source(str(run)), out)
     return out
 
 
 @pytest.fixture(scope="module")
 def ours(run):
-    source = export.open_source(str(run))
+    source = weights.open_source(str(run))
     return source.config, source.load(), source
 
 
 @pytest.fixture(scope="module")
 def segments(run, data_dir):
     """All segments of the test split, as scoring sees them."""
-    source = export.open_source(str(run))
+    source = weights.open_source(str(run))
     records = datasets.Dataset("synthetic/tiny", str(data_dir)).split("test")
-    template = export.prompts.load_template(str(run / runs.TEMPLATE_FILE))
+    template = prompts.load_template(str(run / runs.TEMPLATE_FILE))
     encoder = experiment.make_encoder(source.run, source.tokens, template, 28)
     [batch] = pipeline.in_order(experiment.make_source(source.run, records, encoder), batch_size=16)
     return {name: field[batch["valid"]] for name, field in batch.items()}
@@ -172,7 +159,7 @@ def test_the_processor_makes_the_prompts_that_it_was_trained_with(exported, ours
     text = model.prompt(title="A dog", transcript="hello there", sound="loud")
     image = np.zeros((30, 40, 3), np.uint8)
     inputs = processor(images=[image], text=["<image>" + text])
-    template = export.prompts.load_template(str(source.start.folder / runs.TEMPLATE_FILE))
+    template = prompts.load_template(str(source.start.folder / runs.TEMPLATE_FILE))
     encoder = experiment.make_encoder(source.run, source.tokens, template, 28).prompts
     encoded = encoder.encode(title="A dog", transcript="hello there", sound="loud", label=0)
     prefix = encoded["tokens"][~encoded["mask_ar"]]
@@ -205,7 +192,7 @@ def test_what_lies_in_the_folder(exported):
 
 
 def test_weights_are_cut_into_files_of_the_size_asked_for(run, tmp_path):
-    export.export_hf(export.open_source(str(run)), tmp_path / "out", max_shard_bytes=100_000)
+    weights.export_hf(weights.open_source(str(run)), tmp_path / "out", max_shard_bytes=100_000)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     shards = sorted(set(index["weight_map"].values()))
     assert len(shards) > 2
@@ -222,7 +209,7 @@ def test_weights_are_cut_into_files_of_the_size_asked_for(run, tmp_path):
 @pytest.mark.parametrize("dtype", ["", "bfloat16"])
 def test_big_vision_s_loader_takes_the_npz(run, ours, tmp_path, dtype):
     config, params, source = ours
-    export.export_big_vision(source, tmp_path / "tiny.npz", dtype=dtype)
+    weights.export_big_vision(source, tmp_path / "tiny.npz", dtype=dtype)
     loaded = dict(np.load(tmp_path / "tiny.npz", allow_pickle=False))
     wanted = rows.spill(
         {name: params[name] for name in ("img", "llm")}, big_vision.paligemma2_rows(config)
@@ -234,7 +221,7 @@ def test_big_vision_s_loader_takes_the_npz(run, ours, tmp_path, dtype):
             # numpy knows no bfloat16; big_vision's `recover_dtype` wants void of two bytes.
             assert value.dtype.type is np.void
             assert value.itemsize == 2
-            value = value.view(DTYPES[dtype])
+            value = value.view(STORED_DTYPES[dtype])
         np.testing.assert_array_equal(value, read(tensor).astype(value.dtype))
 
 
@@ -257,33 +244,33 @@ def released(request, tokens, tmp_path_factory):
 
 
 def test_an_npz_comes_back_as_it_went_in(released, tmp_path):
-    export.export_big_vision(export.open_source(released[0]), tmp_path / "again.npz")
+    weights.export_big_vision(weights.open_source(released[0]), tmp_path / "again.npz")
     assert_same_npz(released[0], tmp_path / "again.npz")
 
 
 def test_a_hugging_face_folder_comes_back_as_it_went_in(released, tmp_path):
-    export.export_hf(export.open_source(released[1]), tmp_path / "again")
+    weights.export_hf(weights.open_source(released[1]), tmp_path / "again")
     assert_same_folder(released[1], tmp_path / "again")
 
 
 def test_converted_weights_give_back_what_they_were_made_of(released, tmp_path):
     for source in released:
-        weights = tmp_path / pathlib.Path(source).stem
-        export.convert_weights(export.open_source(source), weights)
-        again = export.open_source(str(weights))
+        folder = tmp_path / pathlib.Path(source).stem
+        weights.convert(weights.open_source(source), folder)
+        again = weights.open_source(str(folder))
         if source.endswith(".npz"):
-            export.export_big_vision(again, tmp_path / "again.npz")
+            weights.export_big_vision(again, tmp_path / "again.npz")
             assert_same_npz(source, tmp_path / "again.npz")
         else:
-            export.export_hf(again, tmp_path / "again")
+            weights.export_hf(again, tmp_path / "again")
             assert_same_folder(source, tmp_path / "again")
 
 
 def test_either_form_becomes_the_other(released, tokens, tmp_path):
     npz, folder = released
-    export.export_big_vision(export.open_source(folder), tmp_path / "made.npz")
+    weights.export_big_vision(weights.open_source(folder), tmp_path / "made.npz")
     assert_same_npz(npz, tmp_path / "made.npz")
-    export.export_hf(export.open_source(npz, tokenizer_path=str(tokens)), tmp_path / "made")
+    weights.export_hf(weights.open_source(npz, tokenizer_path=str(tokens)), tmp_path / "made")
     before, after = load_folder(folder), load_folder(tmp_path / "made")
     assert sorted(before) == sorted(after)
     for name, tensor in before.items():
@@ -315,7 +302,7 @@ def load_folder(folder) -> dict[str, torch.Tensor]:
 
 
 def test_released_weights_are_exported_without_exits_and_with_google_s_terms(released, tmp_path):
-    export.export_hf(export.open_source(released[1]), tmp_path / "out")
+    weights.export_hf(weights.open_source(released[1]), tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert "deevisum_heads.safetensors" not in names
     assert "modeling_deevisum.py" not in names
@@ -326,24 +313,26 @@ def test_released_weights_are_exported_without_exits_and_with_google_s_terms(rel
 def test_mistakes_leave_nothing_behind(run, released, tokens, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(UserError, match=r"brings no tokenizer.*--tokenizer"):
-        export.export_hf(export.open_source(released[0]), out)
+        weights.export_hf(weights.open_source(released[0]), out)
     with pytest.raises(UserError, match="is no run of ours"):
-        export.open_source(str(tmp_path / "nothing"))
-    with pytest.raises(UserError, match="is a run and has its tokenizer"):
-        export.open_source(str(run), tokenizer_path=str(tokens))
+        weights.open_source(str(tmp_path / "nothing"))
     with pytest.raises(UserError, match="only chosen for released"):
-        export.open_source(str(run), dtype="bfloat16")
+        weights.open_source(str(run), dtype="bfloat16")
     with pytest.raises(UserError, match="is in our own form already"):
-        export.convert_weights(export.open_source(str(run)), out)
+        weights.convert(weights.open_source(str(run)), out)
     with pytest.raises(UserError, match=r"out does not end in \.npz"):
-        export.export_big_vision(export.open_source(str(run)), out)
+        weights.export_big_vision(weights.open_source(str(run)), out)
     (tmp_path / "there.npz").touch()
     with pytest.raises(UserError, match="is there already"):
-        export.export_big_vision(export.open_source(str(run)), tmp_path / "there.npz")
+        weights.export_big_vision(weights.open_source(str(run)), tmp_path / "there.npz")
     other = tmp_path / "other.model"
     tokenizer.train_tokenizer(["yes", "no"], other, vocab_size=280)
     with pytest.raises(UserError, match=r"has \d+ pieces, the model \d+ rows"):
-        export.open_source(released[0], tokenizer_path=str(other))
+        weights.open_source(released[0], tokenizer_path=str(other))
+    for source in (run, released[1]):
+        weights.open_source(str(source), tokenizer_path=str(tokens))  # its own
+        with pytest.raises(UserError, match=r"brings its own tokenizer.* has other pieces"):
+            weights.open_source(str(source), tokenizer_path=str(other))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other.model", "there.npz"]
 
 
@@ -352,12 +341,68 @@ def test_a_source_that_is_damaged_midway_leaves_nothing_behind(released, tokens,
     content = bytearray(pathlib.Path(released[0]).read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
-    source = export.open_source(str(damaged), tokenizer_path=str(tokens))
+    source = weights.open_source(str(damaged), tokenizer_path=str(tokens))
     for write, out in (
-        (export.export_hf, tmp_path / "hf"),
-        (export.convert_weights, tmp_path / "weights"),
-        (export.export_big_vision, tmp_path / "again.npz"),
+        (weights.export_hf, tmp_path / "hf"),
+        (weights.convert, tmp_path / "weights"),
+        (weights.export_big_vision, tmp_path / "again.npz"),
     ):
         with pytest.raises(UserError, match=r"damaged\.npz.*params/"):
             write(source, out)
     assert [path.name for path in tmp_path.iterdir()] == ["damaged.npz"]
+
+
+def test_exits_go_out_and_come_back(exported, ours, tmp_path):
+    config, params, _ = ours
+    again = weights.open_source(str(exported))
+    assert again.config.exit_layers == config.exit_layers
+    jax.tree.map(np.testing.assert_array_equal, again.load()["exits"], params["exits"])
+    weights.export_hf(again, tmp_path / "again")
+    for name in ("deevisum_heads.safetensors", "model.safetensors", "modeling_deevisum.py"):
+        assert (tmp_path / "again" / name).read_bytes() == (exported / name).read_bytes()
+    sections = [
+        json.loads((folder / "config.json").read_text())["deevisum"]
+        for folder in (exported, tmp_path / "again")
+    ]
+    assert sections[0] == sections[1]
+    with pytest.raises(UserError, match="with exit heads, which converted weights do not hold"):
+        weights.convert(again, tmp_path / "weights")
+
+
+def test_an_export_whose_heads_are_lost_or_damaged_is_refused(exported, tmp_path):
+    shutil.copytree(exported, tmp_path / "in")
+    (tmp_path / "in" / "deevisum_heads.safetensors").unlink()
+    with pytest.raises(UserError, match=r"deevisum_heads\.safetensors does not exist"):
+        weights.open_source(str(tmp_path / "in"))
+    shutil.copy(exported / "deevisum_heads.safetensors", tmp_path / "in")
+    content = json.loads((exported / "config.json").read_text())
+    content["deevisum"]["exit_layers"] = "2, 4"
+    (tmp_path / "in" / "config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"config\.json: its section deevisum is damaged"):
+        weights.open_source(str(tmp_path / "in"))
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/models/paligemma2-3b-pt-224", "google/paligemma2-3b-pt-224"),
+        ("gs://b/paligemma2-10b-mix-448.b16.npz", "google/paligemma2-10b-mix-448"),
+        ("pt_3b_224.npz", None),
+    ],
+)
+def test_the_card_names_a_base_model_that_the_path_still_tells(path, name):
+    assert weights._base_model(path) == name
+
+
+def test_the_line_of_a_run_is_followed_to_its_root(run, released, tiny_config, tmp_path):
+    weights.convert(weights.open_source(released[1]), tmp_path / "weights")
+    for start, root in (
+        (str(run), None),
+        (str(tmp_path / "weights"), released[1]),
+        (str(tmp_path / "gone"), str(tmp_path / "gone")),
+    ):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        shutil.copytree(run, tmp_path / "run")
+        config = tiny_config(f"initialization={start}", "model.exit_layers=(1, 2, 4)")
+        config_lib.save(config, tmp_path / "run" / "config.json")
+        assert weights.open_source(str(tmp_path / "run")).origin == root
