@@ -28,7 +28,7 @@ def closest(name: str, choices: Iterable[str]) -> str:
 
 
 def exits_cleanly(main: Callable[P, int]) -> Callable[P, int]:
-    """Wraps a command's `main`: what a person did ends in one line on stderr, not in a traceback.
+    """Wraps a command's `main`: what a person did ends in a message on stderr, not in a traceback.
 
     Exit status 2 for a `UserError`, 130 for Ctrl-C as shells have it.
     """
@@ -38,7 +38,7 @@ def exits_cleanly(main: Callable[P, int]) -> Callable[P, int]:
         try:
             return main(*args, **kwargs)
         except UserError as error:
-            print("error:", *map(str.strip, str(error).splitlines()), file=sys.stderr)
+            print(f"error: {error}", file=sys.stderr)
             return EXIT_USER_ERROR
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

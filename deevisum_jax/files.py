@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -16,8 +17,10 @@ from etils import epath
 from deevisum_jax.errors import UserError
 
 _UNFINISHED = ".partial"
+_NUM_TRIES, _TRY_AGAIN_S = 20, 0.1
 # ImportError: no client for this kind of bucket; ValueError: no possible file name.
 _NO_ACCESS = (OSError, ImportError, ValueError)
+_BUCKETS = ("gs", "s3")
 
 
 @contextlib.contextmanager
@@ -69,7 +72,33 @@ def whole_folder(out: pathlib.Path) -> Iterator[pathlib.Path]:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 unfinished.rename(target)
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        _remove(unfinished)
+
+
+def check_room(out: pathlib.Path, num_bytes: int) -> None:
+    """Refuses a disk that cannot hold what is to be written.
+
+    Raises:
+      UserError: it has too little room.
+    """
+    home = out.resolve()
+    while not home.exists():
+        home = home.parent
+    free = shutil.disk_usage(home).free
+    if free < num_bytes:
+        raise UserError(
+            f"{out} wants {num_bytes / 1e9:.3g} GB and its disk has {free / 1e9:.3g} GB left; make "
+            "room, or give --out another disk"
+        )
+
+
+def _remove(folder: pathlib.Path) -> None:
+    """Also what threads are still writing into, such as Orbax's after Ctrl-C."""
+    for _ in range(_NUM_TRIES):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(_TRY_AGAIN_S)
 
 
 def check_local(out: pathlib.Path) -> None:
@@ -101,6 +130,22 @@ def writing(out: pathlib.Path) -> Iterator[None]:
         ) from error
 
 
+def locate(path: str | os.PathLike[str]) -> epath.Path:
+    """A path of this machine, `~` included, or of a bucket.
+
+    Raises:
+      UserError: an address of another kind.
+    """
+    text = os.fspath(path)
+    scheme, colon, _ = text.partition("://")
+    if colon and scheme not in _BUCKETS:
+        raise UserError(
+            f"{text} is neither a path nor in a bucket ({', '.join(_BUCKETS)}); download it, and "
+            "give the path of the download"
+        )
+    return epath.Path(text).expanduser()
+
+
 def exists(path: epath.Path) -> bool:
     """Whether there is such a file or folder, in a bucket or not.
 
@@ -110,7 +155,9 @@ def exists(path: epath.Path) -> bool:
     try:
         return path.exists()
     except _NO_ACCESS as error:
-        raise UserError(f"{os.fspath(path)!r} cannot be looked for: {error}") from error
+        raise UserError(
+            f"{os.fspath(path)!r} cannot be looked for: {error}{_extra(error)}"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -125,6 +172,10 @@ def open_binary(path: epath.Path) -> Iterator[BinaryIO]:
     except FileNotFoundError as error:
         raise UserError(f"{os.fspath(path)} does not exist; check the path") from error
     except _NO_ACCESS as error:
-        raise UserError(f"{os.fspath(path)} cannot be opened: {error}") from error
+        raise UserError(f"{os.fspath(path)} cannot be opened: {error}{_extra(error)}") from error
     with stream:
         yield stream
+
+
+def _extra(error: Exception) -> str:
+    return ' (pip install -e ".[gcs]")' if "gcsfs" in str(error) else ""

@@ -7,9 +7,11 @@ weights were trained to be computed with, so that a config that leaves this open
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import json
 import pathlib
+import re
 from typing import Any, Protocol
 
 import jax
@@ -26,7 +28,7 @@ from deevisum_jax.convert.tensors import ArrayTensor, read
 from deevisum_jax.data import tokenizer
 from deevisum_jax.data.tokenizer import Tokenizer
 from deevisum_jax.errors import UserError
-from deevisum_jax.files import exists, write_whole
+from deevisum_jax.files import exists, locate, write_whole
 from deevisum_jax.models import paligemma2
 from deevisum_jax.models.paligemma2 import PaliGemma2Config, Params
 from deevisum_jax.models.pytree import DTYPES
@@ -45,6 +47,11 @@ class Start(Protocol):
     """Parameters to start from, none of them read yet."""
 
     settings: Settings
+    # Path or name of the released weights at the root; None if there are none.
+    origin: str | None
+
+    def check_variant(self, config: Config) -> None:
+        """Raises a `UserError` if these are the parameters of another variant."""
 
     def check(self, config: Config, vocab_size: int | None) -> None:
         """Refuses a config that these parameters do not fit; reads no numbers.
@@ -82,27 +89,62 @@ def find(config: Config) -> Start | None:
     Raises:
       UserError: it names nothing that a model can start from, or what it names is damaged.
     """
-    given = config.initialization
-    if given == config_lib.FROM_SCRATCH:
+    if config.initialization == config_lib.FROM_SCRATCH:
         return None
-    if is_weights(given):
-        return FromWeights(epath.Path(given).expanduser())
-    if released.is_released(given):
-        return FromReleased(released.open_released(given))
-    folder = pathlib.Path(given).expanduser()
+    try:
+        return open_start(config.initialization)
+    except UserError as error:
+        meant = difflib.get_close_matches(config.initialization, [config_lib.FROM_SCRATCH])
+        hint = f"; did you mean {meant[0]!r}?" if meant else ""
+        raise UserError(f"initialization={config.initialization!r}: {error}{hint}") from error
+
+
+def open_start(path: str) -> Start:
+    """Opens a run, converted weights, or a released checkpoint, by what a path holds.
+
+    Raises:
+      UserError: it holds none of them, or one that is damaged.
+    """
+    if is_weights(path):
+        return FromWeights(locate(path))
+    if released.is_released(path):
+        return FromReleased(released.open_released(path))
+    folder = pathlib.Path(path).expanduser()
     if missing := runs.missing_parts(folder):
-        raise UserError(
-            f"initialization={given!r} is neither {config_lib.FROM_SCRATCH!r}, nor the folder of a "
-            f"run of ours (it lacks {', '.join(missing)}), nor converted weights (it lacks "
-            f"{WEIGHTS_FILE}), nor a big_vision .npz, nor a Hugging Face folder of PaliGemma 2; "
-            "give one of them"
-        )
+        raise UserError(_what_else(path, folder, missing))
     return FromRun(folder)
+
+
+def _what_else(path: str, folder: pathlib.Path, missing: list[str]) -> str:
+    """What a path is that nothing can start from, as far as it can be guessed."""
+    if not folder.exists():
+        on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", path)
+        return "there is no such file or folder; " + (
+            f"if it is a name on the Hub, download it: hf download {path} --local-dir {folder.name}"
+            if on_hub
+            else "correct the path"
+        )
+    if folder.is_file():
+        if folder.suffix == ".safetensors":
+            return f"this is one file of a checkpoint; give its folder, {folder.parent}"
+        return "this file is no checkpoint; give an .npz of big_vision, or a folder"
+    if (folder / "adapter_config.json").exists():
+        return "this is an adapter and no model; merge it into its base model first"
+    if any(folder.glob("*.safetensors")):
+        return (
+            "this folder has weights and no config.json with a model_type, which says of what "
+            "model they are; download that, too"
+        )
+    return (
+        f"this folder is no run of ours (it lacks {', '.join(missing)}), no converted weights (it "
+        f"lacks {WEIGHTS_FILE}) and no Hugging Face folder of PaliGemma 2; give one of them, or an "
+        ".npz of big_vision"
+    )
 
 
 def is_weights(path: str) -> bool:
     """Whether a path is the folder of converted weights, in a bucket or not."""
-    return exists(epath.Path(path).expanduser() / WEIGHTS_FILE)
+    return exists(locate(path) / WEIGHTS_FILE)
 
 
 def settle(config: Config, workdir: pathlib.Path) -> Config:
@@ -117,14 +159,15 @@ def settle(config: Config, workdir: pathlib.Path) -> Config:
     if start is None:
         variant = paligemma2.get_config(config.model.variant)
         return with_settings(config, own_settings(variant))
+    start.check_variant(config)
     return with_settings(config, start.settings)
 
 
-def _check_variant(given: str, variant: str, config: Config) -> None:
+def _check_variant(variant: str, config: Config) -> None:
     if variant != config.model.variant:
         raise UserError(
-            f"initialization={given!r} is a {variant}, not model.variant={config.model.variant}; "
-            f"set model.variant={variant}, or start from another"
+            f"initialization={config.initialization!r} is a {variant}, not model.variant="
+            f"{config.model.variant}; set model.variant={variant}, or start from another"
         )
 
 
@@ -144,10 +187,23 @@ class FromRun:
         """As it was trained with."""
         return settings_of(self.config)
 
+    @property
+    def origin(self) -> str | None:
+        """As the run noted it when it began."""
+        file = self.folder / runs.ORIGIN_FILE
+        if file.exists():
+            return json.loads(file.read_text(encoding="utf-8"))["released_weights"]
+        start = self.config.initialization  # of before it was noted
+        return None if start == config_lib.FROM_SCRATCH else start
+
+    def check_variant(self, config: Config) -> None:
+        """As `Start.check_variant`."""
+        _check_variant(self.config.model.variant, config)
+
     def check(self, config: Config, vocab_size: int | None) -> None:
         """As `Start.check`."""
         given, theirs = config.initialization, self.config.model
-        _check_variant(given, theirs.variant, config)
+        self.check_variant(config)
         if theirs.exit_layers != config.model.exit_layers:
             raise UserError(
                 f"the exit heads of initialization={given!r} sit after the layers "
@@ -193,9 +249,18 @@ class FromReleased:
             resize=facts.resize,
         )
 
+    @property
+    def origin(self) -> str | None:
+        """The checkpoint itself, unless it is an export of a run of ours."""
+        return self.checkpoint.origin
+
+    def check_variant(self, config: Config) -> None:
+        """As `Start.check_variant`."""
+        self.checkpoint.check(paligemma2.get_config(config.model.variant))
+
     def check(self, config: Config, vocab_size: int | None) -> None:
         """As `Start.check`."""
-        self.checkpoint.check(paligemma2.get_config(config.model.variant))
+        self.check_variant(config)
         vocab_size = _demand_vocab_size(config, vocab_size)
         self.checkpoint.check_vocabulary(vocab_size)
         _check_pieces(config, self.tokenizer())
@@ -277,6 +342,15 @@ class FromWeights:
         """As the release computes, or as the conversion was told."""
         return Settings(**self.facts["settings"])
 
+    @property
+    def origin(self) -> str:
+        """What was converted."""
+        return self.facts["source"]
+
+    def check_variant(self, config: Config) -> None:
+        """As `Start.check_variant`."""
+        _check_variant(self.facts["variant"], config)
+
     def model_config(self) -> PaliGemma2Config:
         """The model as it was converted, without exit heads."""
         facts = self.facts
@@ -294,7 +368,7 @@ class FromWeights:
     def check(self, config: Config, vocab_size: int | None) -> None:
         """As `Start.check`."""
         given, size = config.initialization, self.settings.image_size
-        _check_variant(given, self.facts["variant"], config)
+        self.check_variant(config)
         if config.model.image_size not in (None, size):
             raise UserError(
                 f"initialization={given!r} was converted for pictures of {size} pixels, not of "
@@ -386,6 +460,13 @@ def _file_sizes(folder: pathlib.Path | epath.Path) -> dict[str, int]:
         else:
             sizes[path.name] = path.stat().length
     return sizes
+
+
+def keep(workdir: pathlib.Path, start: Start | None, config: PaliGemma2Config) -> None:
+    """Notes in a run's folder what only its start knows and an export will want to know."""
+    write_padding(workdir, start.vocab_padding(config) if start else None)
+    origin = {"released_weights": start.origin if start else None}
+    write_whole(workdir / runs.ORIGIN_FILE, json.dumps(origin) + "\n")
 
 
 def write_padding(folder: pathlib.Path, padding: np.ndarray | None) -> None:

@@ -278,10 +278,10 @@ class Run:
         if saved.latest_step is not None:
             return saved.restore(saved.latest_step, self.abstract, data_iter)
         key = jax.random.key(self.config.seed)
+        initialization.keep(self.workdir, self.start, self.model_config)
         if self.start is None:
             return jax.jit(self._from_scratch, out_shardings=self.shardings)(key)
         params = self.start.load(self.model_config, self._abstract_params, key)
-        initialization.write_padding(self.workdir, self.start.vocab_padding(self.model_config))
         begin = lambda params: train_step.init_state(params, self.tx, self.config.optim.frozen)
         return jax.jit(begin, out_shardings=self.shardings, donate_argnums=0)(params)
 

@@ -18,6 +18,8 @@ TEMPLATE_FILE = "template.txt"
 CHECKPOINT_FOLDER = "checkpoints"
 # Rows of the token table behind the vocabulary, if the weights came from Hugging Face.
 PADDING_FILE = "vocab_padding.safetensors"
+# What the weights descend from, for whoever exports them.
+ORIGIN_FILE = "origin.json"
 
 # What may differ between a workdir's config and the one it is resumed with: nothing that a trained
 # number depends on.
@@ -105,7 +107,7 @@ def claim(workdir: pathlib.Path, config: Config) -> None:
                 _check_same(workdir, config)
             elif _refused(workdir, config):
                 # It stopped before its first checkpoint, likely at a mistake now mended.
-                for name in (TOKENIZER_FILE, TEMPLATE_FILE, PADDING_FILE):
+                for name in (TOKENIZER_FILE, TEMPLATE_FILE, PADDING_FILE, ORIGIN_FILE):
                     (workdir / name).unlink(missing_ok=True)
         elif any(path.suffix != ".partial" for path in workdir.iterdir()):
             raise UserError(

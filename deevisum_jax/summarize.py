@@ -175,6 +175,7 @@ class Student:
         Raises:
           UserError: `run` is no workdir of a run, or misses a part.
         """
+        run = run.expanduser()
         if missing := runs.missing_parts(run):
             raise UserError(
                 f"{run} is no workdir of a training run, it lacks {', '.join(missing)}; give "

@@ -14,19 +14,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from etils import epath
 
-from deevisum_jax import config as config_lib
 from deevisum_jax import experiment, initialization, runs, sharding
 from deevisum_jax.config import Config
-from deevisum_jax.convert import big_vision, hf_folder, huggingface, npz, released, safetensors
+from deevisum_jax.convert import big_vision, hf_folder, huggingface, npz, safetensors
 from deevisum_jax.convert.released import Released
 from deevisum_jax.convert.rows import Converted, spill
 from deevisum_jax.convert.tensors import Tensor, cast, named_dtype
 from deevisum_jax.data import prompts, tokenizer
 from deevisum_jax.data.tokenizer import Tokenizer
 from deevisum_jax.errors import UserError
-from deevisum_jax.files import check_local, whole_folder, writing
+from deevisum_jax.files import check_local, check_room, whole_folder, writing
 from deevisum_jax.initialization import FromReleased, FromRun, FromWeights
 from deevisum_jax.models import paligemma2
 from deevisum_jax.models.paligemma2 import PaliGemma2Config, Params
@@ -43,32 +41,17 @@ class Source:
     start: FromRun | FromReleased | FromWeights
     run: Config | None  # None: weights that nothing of ours was trained on
 
+    def num_bytes(self, dtype: str = "") -> int:
+        """What the parameters take in a file."""
+        width = named_dtype(dtype or self.config.param_dtype).itemsize
+        return paligemma2.num_params(self.config) * width
+
     def load(self) -> Params:
         """All parameters, over all devices of this process."""
         shapes = paligemma2.abstract_params(self.config)
         shardings = sharding.param_shardings(shapes, sharding.fitting_mesh(shapes))
         abstract = sharding.abstract(shapes, shardings)
         return self.start.load(self.config, abstract, jax.random.key(0))
-
-    @property
-    def origin(self) -> str | None:
-        """The released weights at the root of it; None for a model trained from scratch.
-
-        A run's line is followed as far as it is there; where it is lost, so is the name, but not
-        the suspicion.
-        """
-        run, found = self.run, self.path
-        seen = set()
-        while run is not None and run.initialization not in seen:
-            found = run.initialization
-            if found == config_lib.FROM_SCRATCH:
-                return None
-            seen.add(found)
-            earlier = pathlib.Path(found).expanduser()
-            run = None if runs.missing_parts(earlier) else FromRun(earlier).config
-        if initialization.is_weights(found):
-            return FromWeights(epath.Path(found).expanduser()).facts["source"]
-        return found
 
 
 def open_source(
@@ -89,28 +72,19 @@ def open_source(
     Raises:
       UserError: there is no such checkpoint, or it does not fit what is asked of it.
     """
-    folder = pathlib.Path(checkpoint).expanduser()
-    is_released = False
-    if not runs.missing_parts(folder):
-        start = FromRun(folder)
-        run, tokens = start.config, start.tokenizer()
-        config, resize = experiment.model_config(run, tokens), start.settings.resize
-    elif initialization.is_weights(checkpoint):
-        start, run = FromWeights(epath.Path(checkpoint).expanduser()), None
-        tokens, config, resize = start.tokenizer(), start.model_config(), start.settings.resize
-    elif released.is_released(checkpoint):
-        is_released = True
-        found = released.open_released(checkpoint)
-        start, run = FromReleased(found), None
-        tokens, resize = found.tokenizer(), found.facts.resize
-        config = found.config(image_size=image_size, dtype=dtype)
+    try:
+        start = initialization.open_start(checkpoint)
+    except UserError as error:
+        raise UserError(f"{checkpoint}: {error}") from error
+    run, tokens, resize = None, start.tokenizer(), start.settings.resize
+    if isinstance(start, FromRun):
+        run = start.config
+        config = experiment.model_config(run, tokens)
+    elif isinstance(start, FromWeights):
+        config = start.model_config()
     else:
-        raise UserError(
-            f"{checkpoint} is no run of ours (it lacks {', '.join(runs.missing_parts(folder))}), "
-            "no converted weights, no .npz of big_vision and no Hugging Face folder of PaliGemma "
-            "2; give one of them"
-        )
-    if not is_released and (image_size is not None or dtype):
+        config = start.checkpoint.config(image_size=image_size, dtype=dtype)
+    if not isinstance(start, FromReleased) and (image_size is not None or dtype):
         raise UserError(
             f"{checkpoint} is as it was made; image size and dtype are only chosen for released "
             "checkpoints"
@@ -146,6 +120,7 @@ def convert(source: Source, out: pathlib.Path) -> list[Converted]:
             f"hold; train with initialization={source.path}"
         )
     report = found.match(source.config)
+    check_room(out, source.num_bytes())
     with whole_folder(out) as folder:
         params = source.load()
         initialization.save_weights(
@@ -185,6 +160,7 @@ def export_big_vision(source: Source, out: pathlib.Path, *, dtype: str = "") -> 
         raise UserError(f"{out} is there already; give --out a new name")
     if not out.absolute().parent.is_dir():
         raise UserError(f"{out.parent} is no folder; make it, or give --out a file in another")
+    check_room(out, source.num_bytes(dtype))
     tensors = spill(_towers(source.load()), big_vision.paligemma2_rows(source.config))
     with writing(out):
         npz.write_npz(out, big_vision.with_prefix(_in_dtype(tensors, dtype)))
@@ -217,6 +193,7 @@ def export_hf(
             f"{source.path} brings no tokenizer, without which transformers cannot use it; give "
             "--tokenizer the path of paligemma_tokenizer.model (docs/WEIGHTS.md says where it is)"
         )
+    check_room(out, source.num_bytes(dtype))
     with whole_folder(out) as folder:
         params = source.load()
         padding = source.start.vocab_padding(config)
@@ -233,8 +210,8 @@ def export_hf(
             deevisum=section,
             report=_read_report(source),
             dataset=source.run.data.dataset if source.run else None,
-            base_model=_base_model(source.origin),
-            gemma_terms=source.origin is not None,
+            base_model=_base_model(source.start.origin),
+            gemma_terms=source.start.origin is not None,
         )
         with writing(out):
             safetensors.write_safetensors(
@@ -254,7 +231,7 @@ def export_hf(
                 resize=source.resize,
                 deevisum=section,
                 card=card,
-                gemma_terms=source.origin is not None,
+                gemma_terms=source.start.origin is not None,
             )
 
 
@@ -294,6 +271,9 @@ def _deevisum_section(source: Source) -> dict[str, Any]:
         "segment_s": run.data.segment_s,
         "text_len": run.data.text_len,
         "resize": source.resize,
+        # null: no weights of Google's are in it.
+        "origin": _base_model(source.start.origin)
+        or (source.start.origin and "released weights of PaliGemma 2"),
     }
 
 

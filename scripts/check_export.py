@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import json
 import os
 import pathlib
 import sys
@@ -72,13 +73,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     absl.logging.set_verbosity(absl.logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
 
-    if not (pathlib.Path(args.exported) / "config.json").is_file():
+    if args.segments < 1 or args.tokens < 1:
+        parser.error("--segments and --tokens must be at least 1")
+    config_file = pathlib.Path(args.exported) / "config.json"
+    if not config_file.is_file():
         raise UserError(f"{args.exported} is no folder that scripts/export_hf.py wrote")
+    exported = json.loads(config_file.read_text(encoding="utf-8"))
     source = weights.open_source(args.checkpoint, tokenizer_path=args.tokenizer)
+    if source.config.exit_layers and "deevisum" not in exported:
+        raise UserError(
+            f"{args.exported} has no exit heads, but {source.path} has; it is another's export"
+        )
     if source.tokens is None:
         raise UserError(f"{source.path} brings no tokenizer; give --tokenizer the one exported")
     frames, texts = random_segments(source, args.segments, args.seed)
-    ours = say_ours(source, frames, texts, args.tokens)
+    ours = say_ours(source, frames, texts, args.tokens, exported["torch_dtype"])
     gc.collect()  # the parameters
     with torch.no_grad():
         theirs = say_theirs(args.exported, source, frames, texts, args.tokens)
@@ -108,12 +117,15 @@ def random_segments(
 
 
 def say_ours(
-    source: weights.Source, frames: np.ndarray, texts: list[list[int]], num_tokens: int
+    source: weights.Source,
+    frames: np.ndarray,
+    texts: list[list[int]],
+    num_tokens: int,
+    dtype: str,
 ) -> Said:
-    """In JAX."""
-    # The numbers as they are stored, every product in float32.
+    """In JAX, with the parameters rounded to the dtype that they were exported in."""
     config = dataclasses.replace(source.config, dtype="float32")
-    params = source.load()
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), source.load())
     width = max(map(len, texts))
     tokens = np.full((len(texts), width), PAD, np.int32)
     mask = np.zeros((len(texts), width), bool)
@@ -170,7 +182,6 @@ def say_theirs(
     model = transformers.PaliGemmaForConditionalGeneration.from_pretrained(folder, **kwargs).eval()
     model.generation_config.eos_token_id = None  # on behind the end, for the sake of comparing
     image = [model.config.image_token_id] * (source.config.img.num_patches * frames.shape[1])
-    rows = model.get_input_embeddings().weight.shape[0]
     logits, generated = [], []
     for row, text in enumerate(texts):
         ids = torch.tensor([image + text])
@@ -187,8 +198,6 @@ def say_theirs(
                 **inputs,
                 max_new_tokens=num_tokens,
                 do_sample=False,
-                # Rows behind the vocabulary are no tokens of ours.
-                suppress_tokens=list(range(source.config.llm.vocab_size, rows)),
             )
             generated.append(out[0, ids.shape[1] :].numpy())
     del model

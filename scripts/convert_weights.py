@@ -15,10 +15,10 @@ from deevisum_jax.models.pytree import DTYPES
 
 _EXAMPLES = """\
 examples:
-  python scripts/convert_weights.py --source pt_3b_224.bf16.npz --out weights/pt_3b_224 \\
+  python scripts/convert_weights.py --source paligemma2-3b-pt-224.b16.npz --out weights/pt_3b_224 \\
       --tokenizer paligemma_tokenizer.model
-  python scripts/convert_weights.py --source google/paligemma2-3b-pt-448/ --out weights/pt_3b_448
-  python scripts/convert_weights.py --source pt_3b_448.npz --dry_run
+  python scripts/convert_weights.py --source downloads/paligemma2-3b-pt-448 --out weights/pt_3b_448
+  python scripts/convert_weights.py --source downloads/paligemma2-3b-pt-448 --dry_run
 
 Then train with --config.initialization=weights/pt_3b_224. The source itself can be named there,
 too; what is converted once loads faster, on many hosts above all, each reading its own part.
@@ -82,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{llm.final_logits_softcap:g}, sliding_window {llm.sliding_window or 0}, resize "
         f"{source.resize}" + ("" if args.dry_run else f"; written to {args.out}")
     )
+    if source.tokens is None and not args.dry_run:
+        print("without a tokenizer: training will want data.tokenizer; or convert with --tokenizer")
     return 0
 
 

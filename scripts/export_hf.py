@@ -16,8 +16,8 @@ from deevisum_jax.models.pytree import DTYPES
 _EXAMPLES = """\
 examples:
   python scripts/export_hf.py --checkpoint runs/quickstart --out exported/quickstart
-  python scripts/export_hf.py --checkpoint pt_3b_224.npz --tokenizer paligemma_tokenizer.model \\
-      --out exported/pt_3b_224 --dtype bfloat16
+  python scripts/export_hf.py --checkpoint paligemma2-3b-pt-224.b16.npz \\
+      --tokenizer paligemma_tokenizer.model --out exported/pt_3b_224
 
 In Python:
   PaliGemmaForConditionalGeneration.from_pretrained("exported/quickstart")

@@ -16,7 +16,7 @@ def test_closest_lists_all_choices_when_none_is_near():
     assert closest("xyz", ["b", "a"]) == "choose one of a, b"
 
 
-def test_a_user_error_becomes_one_line_and_status_2(capsys):
+def test_a_user_error_becomes_a_message_and_status_2(capsys):
     @errors.exits_cleanly
     def command(argv: list[str]) -> int:
         """What it does."""
@@ -24,7 +24,7 @@ def test_a_user_error_becomes_one_line_and_status_2(capsys):
 
     assert command(["it"]) == 2
     captured = capsys.readouterr()
-    assert captured.err == "error: it is wrong; these are right: this that\n"
+    assert captured.err == "error: it is wrong; these are right:\n  this\n  that\n"
     assert captured.out == ""
     assert command.__doc__ == "What it does."
 

@@ -298,11 +298,40 @@ def test_converted_weights_keep_their_image_size(npz, start_config, tmp_path):
         check(start_config(str(tmp_path / "weights"), "model.image_size=28"))
 
 
-def test_nothing_to_start_from_is_named(start_config, tmp_path):
-    with pytest.raises(UserError, match="'from_scrach' is neither 'from_scratch', nor the folder"):
-        initialization.find(start_config("from_scrach"))
-    with pytest.raises(UserError, match=r"gone\.npz does not exist"):
-        initialization.find(start_config(str(tmp_path / "gone.npz")))
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("from_scrach", "there is no such file or folder; .* did you mean 'from_scratch'"),
+        ("google/paligemma2-3b", "hf download google/paligemma2-3b --local-dir paligemma2-3b"),
+        ("nothing/at/all", "there is no such file or folder; correct the path"),
+        ("gone.npz", r"gone\.npz does not exist"),
+        ("https://host/pt.npz", r"neither a path nor in a bucket \(gs, s3\); download it"),
+        ("one.safetensors", "one file of a checkpoint; give its folder"),
+        ("model.gguf", "this file is no checkpoint; give an .npz"),
+        ("adapter", "this is an adapter and no model; merge it"),
+        ("bare", "has weights and no config.json with a model_type"),
+        ("empty", r"no run of ours \(it lacks config\.json, tokenizer\.model"),
+        ("pickle", r"pytorch_model\.bin is a pickle, which is not read"),
+        ("unfetched", "a pointer of git-lfs and not the file itself; run git lfs pull"),
+    ],
+)
+def test_what_nothing_can_start_from_is_named(
+    folder, start_config, tmp_path, monkeypatch, given, message
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("one.safetensors", "model.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+    for name in ("adapter", "bare", "empty", "pickle", "unfetched"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    (tmp_path / "bare" / "model.safetensors").write_bytes(b"")
+    for name in ("pickle", "unfetched"):
+        shutil.copy(pathlib.Path(folder) / "config.json", tmp_path / name)
+    (tmp_path / "pickle" / "pytorch_model.bin").write_bytes(b"")
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
+    (tmp_path / "unfetched" / "model.safetensors").write_bytes(pointer)
+    with pytest.raises(UserError, match=message):
+        initialization.find(start_config(given))
 
 
 def test_damaged_facts_of_converted_weights_are_refused(npz, start_config, tmp_path):
@@ -347,6 +376,13 @@ def test_a_run_that_misses_a_part_is_no_start(start_config, other_run):
     (other_run / "tokenizer.model").unlink()
     with pytest.raises(UserError, match=r"it lacks tokenizer\.model\)"):
         initialization.find(start_config(str(other_run)))
+
+
+def test_the_3b_s_config_is_sound():
+    config = config_lib.from_file(str(TINY_CONFIG.with_name("paligemma2_3b.py")))
+    model = experiment.model_config(config)
+    assert model.exit_layers == (8, 13, 18, 26)
+    assert model.llm.vocab_size == 257_152
 
 
 def test_training_starts_from_released_weights_and_keeps_what_export_needs(

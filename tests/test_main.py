@@ -91,7 +91,7 @@ def contents(folder: pathlib.Path) -> dict[str, bytes]:
 def test_a_run_leaves_what_it_promises(finished):
     assert {path.name for path in finished.iterdir()} == {
         "config.json", "tokenizer.model", "template.txt", "metrics.jsonl", "tensorboard",
-        "checkpoints", "report.json", "report.html",
+        "checkpoints", "report.json", "report.html", "origin.json",
     }  # fmt: skip
     logged = lines(finished)
     assert [line["step"] for line in logged] == [1, 2, 3, 4, 4, 5, 6, 6]
@@ -251,13 +251,16 @@ def test_numbers_that_are_not_finite_are_never_saved(command, tmp_path, monkeypa
 
 
 def refused(capfd, status: int) -> str:
-    """Checks that a command ended on one line, and returns it."""
+    """Checks that a command ended on a message and no traceback, and returns it."""
     captured = capfd.readouterr()
     assert status == 2
     assert captured.out == ""
-    [line] = captured.err.splitlines()
-    assert line.startswith("error: ")
-    return line
+    first, *listed = captured.err.splitlines()
+    assert first.startswith("error: ")
+    # Below it stands nothing but what it lists.
+    assert all(line.startswith("  ") for line in listed)
+    assert not listed or first.endswith(":")
+    return captured.err
 
 
 @pytest.mark.parametrize(
@@ -283,10 +286,10 @@ def refused(capfd, status: int) -> str:
         (["eval.test_split=tset"], "has no split 'tset'; did you mean 'test'"),
         (["optim.frozen=('image/.*',)"], "matches no parameter"),
         (["optim.learning_rat=1"], "did you mean 'learning_rate'"),
-        (["initialization=elsewhere"], "is neither 'from_scratch', nor the folder of a run"),
+        (["initialization=elsewhere"], "there is no such file or folder"),
     ],
 )
-def test_mistakes_are_one_line_and_status_2_and_can_be_mended(
+def test_mistakes_are_a_message_and_status_2_and_can_be_mended(
     command, tmp_path, capfd, flags, message
 ):
     workdir = tmp_path / "run"
@@ -305,7 +308,7 @@ def test_mistakes_are_one_line_and_status_2_and_can_be_mended(
         (["optim.frozen=('image/.*',)"], "matches no parameter"),
         (["data.template=deevisun"], "did you mean 'deevisum'"),
         (["data.tokenizer=absent.model"], "tokenizer absent.model is not a file"),
-        (["initialization=elsewhere"], "is neither 'from_scratch', nor the folder of a run"),
+        (["initialization=elsewhere"], "there is no such file or folder"),
     ],
 )
 def test_mistakes_that_need_no_data_are_found_before_it_is_built(

@@ -391,11 +391,23 @@ def test_an_export_is_checked_in_float32_whatever_the_run_computes_in(
     assert "segments that leave at the same exit: 8 of 8" in out
     assert out.splitlines()[-1] == "they agree"
 
+    # An export in another dtype is held against parameters rounded to it.
+    rounded = tmp_path / "rounded"
+    narrow = ["--checkpoint", str(run), "--out", str(rounded), "--dtype", "bfloat16"]
+    assert export_hf.main(narrow) == 0
+    assert check_export.main([*flags[:3], str(rounded), *flags[4:]]) == 0
+
     heads = safetensors.numpy.load_file(exported / "deevisum_heads.safetensors")
     heads["exits.classifier.bias"] += 1e-3
     safetensors.numpy.save_file(heads, exported / "deevisum_heads.safetensors")
     assert check_export.main(flags) == 1
     assert capsys.readouterr().out.splitlines()[-1] == "they do NOT agree to 0.0001"
+    (exported / "deevisum_heads.safetensors").unlink()
+    config = json.loads((exported / "config.json").read_text())
+    del config["deevisum"]
+    (exported / "config.json").write_text(json.dumps(config))
+    assert check_export.main(flags) == 2
+    assert "has no exit heads, but" in capsys.readouterr().err
 
 
 def test_an_export_that_is_not_there_is_named(here, capfd):

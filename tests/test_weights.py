@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from deevisum_jax import config as config_lib
-from deevisum_jax import datasets, experiment, runs, weights
+from deevisum_jax import datasets, experiment, initialization, runs, weights
 from deevisum_jax.convert import big_vision, rows
 from deevisum_jax.convert.tensors import STORED_DTYPES, read
 from deevisum_jax.data import pipeline, prompts, tokenizer
@@ -314,7 +314,7 @@ def test_mistakes_leave_nothing_behind(run, released, tokens, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(UserError, match=r"brings no tokenizer.*--tokenizer"):
         weights.export_hf(weights.open_source(released[0]), out)
-    with pytest.raises(UserError, match="is no run of ours"):
+    with pytest.raises(UserError, match="there is no such file or folder; correct the path"):
         weights.open_source(str(tmp_path / "nothing"))
     with pytest.raises(UserError, match="only chosen for released"):
         weights.open_source(str(run), dtype="bfloat16")
@@ -394,15 +394,35 @@ def test_the_card_names_a_base_model_that_the_path_still_tells(path, name):
     assert weights._base_model(path) == name
 
 
-def test_the_line_of_a_run_is_followed_to_its_root(run, released, tiny_config, tmp_path):
+def test_a_run_knows_what_its_weights_descend_from(run, released, tiny_config, tmp_path):
+    """From what it noted when it began; wherever its start has gone since."""
     weights.convert(weights.open_source(released[1]), tmp_path / "weights")
-    for start, root in (
-        (str(run), None),
-        (str(tmp_path / "weights"), released[1]),
-        (str(tmp_path / "gone"), str(tmp_path / "gone")),
-    ):
-        shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        shutil.copytree(run, tmp_path / "run")
-        config = tiny_config(f"initialization={start}", "model.exit_layers=(1, 2, 4)")
-        config_lib.save(config, tmp_path / "run" / "config.json")
-        assert weights.open_source(str(tmp_path / "run")).origin == root
+    starts = {
+        "from_scratch": None,
+        str(tmp_path / "weights"): released[1],
+        released[0]: released[0],
+        str(run): None,
+    }
+    for given, root in starts.items():
+        folder = tmp_path / "run"
+        shutil.copytree(run, folder, dirs_exist_ok=True)
+        config = tiny_config(f"initialization={given}", "model.exit_layers=(1, 2, 4)")
+        config_lib.save(config, folder / "config.json")
+        start = initialization.find(config)
+        initialization.keep(folder, start, weights.open_source(str(folder)).config)
+        assert weights.open_source(str(folder)).start.origin == root
+        if root is None:
+            weights.export_hf(weights.open_source(str(folder)), tmp_path / "scratch")
+            again = weights.open_source(str(tmp_path / "scratch"))
+            assert again.start.origin is None  # an export tells it on
+            shutil.rmtree(tmp_path / "scratch")
+
+
+def test_a_run_of_before_its_origin_was_noted_is_under_suspicion(run, tiny_config, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    (folder / "origin.json").unlink(missing_ok=True)
+    assert weights.open_source(str(folder)).start.origin is None  # from_scratch
+    config = tiny_config(f"initialization={tmp_path / 'gone'}", "model.exit_layers=(1, 2, 4)")
+    config_lib.save(config, folder / "config.json")
+    assert weights.open_source(str(folder)).start.origin == str(tmp_path / "gone")

@@ -260,9 +260,18 @@ def check_deevisum(section: Any, file: str | os.PathLike[str]) -> None:
         )
 
 
-def generation_config() -> dict[str, Any]:
-    """The content of generation_config.json: greedy, until EOS."""
-    return {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
+def generation_config(first_padding: int, table_rows: int) -> dict[str, Any]:
+    """The content of generation_config.json: greedy, until EOS, and only ids that our model has.
+
+    Args:
+      first_padding: rows of our model's token table, and so the first id that it does not have.
+      table_rows: of the token table as it is written, `padded_vocab` or more.
+    """
+    written: dict[str, Any] = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
+    if padding := list(range(first_padding, table_rows)):
+        # Transformers has logits for rows of padding, too, and nobody trained them to be low.
+        written["suppress_tokens"] = padding
+    return written
 
 
 def preprocessor_config(config: PaliGemma2Config, *, resize: str) -> dict[str, Any]:
@@ -345,7 +354,8 @@ def model_card(
       deevisum: the section of config.json; None = an export without exit heads.
       report: content of report.json (`evaluation.report_json`); None = not evaluated.
       dataset: name of what it was trained and evaluated on, if known.
-      base_model: the weights it was initialized with, as the Hub names them; None = from scratch.
+      base_model: the weights it was initialized with, as the Hub names them; None = from scratch,
+        or, with `gemma_terms`, released ones whose name was not kept.
       gemma_terms: the weights descend from Google's, so the Gemma Terms of Use go with them. The
         terms count a model that was distilled from such a one, even from scratch, as descending.
     """
@@ -407,7 +417,7 @@ def write_folder(
             dtype=dtype,
             deevisum=deevisum,
         ),
-        GENERATION_CONFIG: generation_config(),
+        GENERATION_CONFIG: generation_config(config.llm.vocab_size, table_rows),
         PREPROCESSOR_CONFIG: preprocessor_config(config, resize=resize),
         TOKENIZER_CONFIG: tokenizer_config(tokenizer),
         SPECIAL_TOKENS_MAP: special_tokens_map(),

@@ -29,7 +29,7 @@ from numpy.lib import format as npy
 
 from deevisum_jax.convert.tensors import ArrayTensor, Tensor, is_shape, read_slabs, write_slabs
 from deevisum_jax.errors import UserError
-from deevisum_jax.files import open_binary, replacing
+from deevisum_jax.files import locate, open_binary, replacing
 
 _SUFFIX = ".npy"
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -102,7 +102,7 @@ def open_npz(path: str | os.PathLike) -> dict[str, Tensor]:
       UserError: the file is missing or damaged, or holds something else than plain arrays; names
         file and member.
     """
-    path = epath.Path(path)
+    path = locate(path)
     file = os.fspath(path)
     tensors = {}
     with open_binary(path) as stream:

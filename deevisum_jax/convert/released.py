@@ -24,7 +24,7 @@ from deevisum_jax.convert.safetensors import open_safetensors
 from deevisum_jax.convert.tensors import STORED_DTYPES, Tensor
 from deevisum_jax.data.tokenizer import Tokenizer, parse_tokenizer
 from deevisum_jax.errors import UserError
-from deevisum_jax.files import exists
+from deevisum_jax.files import exists, locate
 from deevisum_jax.models.paligemma2 import (
     VARIANTS,
     PaliGemma2Config,
@@ -55,6 +55,11 @@ class Released:
         return next((name for name, config in VARIANTS.items() if not self._unlike(config)), None)
 
     @property
+    def origin(self) -> str | None:
+        """What is at the root of these weights; None for an export of a run from scratch."""
+        return self.path if self.deevisum is None else self.deevisum.get("origin", self.path)
+
+    @property
     def exit_layers(self) -> tuple[int, ...]:
         """Where the exit heads sit that come along; () = none do."""
         return tuple(self.deevisum["exit_layers"]) if self.heads else ()
@@ -71,8 +76,9 @@ class Released:
         """
         if self.variant is None:
             raise UserError(
-                f"{self.path}: no variant has its sizes ({self.facts.sizes}); give a PaliGemma 2 "
-                "of 3B, 10B or 28B"
+                f"{self.path}: no variant has its sizes ("
+                + ", ".join(f"{name} {size}" for name, size in self.facts.sizes.items())
+                + "); give a PaliGemma 2 of 3B, 10B or 28B"
             )
         stored = {tensor.dtype for tensor in (*self.tensors.values(), *self.heads.values())}
         lossless = "bfloat16" if stored == {STORED_DTYPES["bfloat16"]} else "float32"
@@ -219,7 +225,7 @@ def is_released(path: str) -> bool:
     """Whether a path looks like a released checkpoint, if a wrong one."""
     if path.endswith(".npz"):
         return True
-    config = epath.Path(path).expanduser() / hf_folder.CONFIG
+    config = locate(path) / hf_folder.CONFIG
     return exists(config) and "model_type" in _read_json(config)
 
 
@@ -229,7 +235,7 @@ def open_released(path: str) -> Released:
     Raises:
       UserError: there is nothing, or no PaliGemma 2, or its headers are damaged.
     """
-    path = os.fspath(epath.Path(path).expanduser())
+    path = os.fspath(locate(path))
     if path.endswith(".npz"):
         tensors, own_names = big_vision.without_prefix(open_npz(path))
         return Released(

@@ -26,7 +26,7 @@ from etils import epath
 
 from deevisum_jax.convert.tensors import Tensor, is_shape, num_bytes, read_slabs, write_slabs
 from deevisum_jax.errors import UserError
-from deevisum_jax.files import exists, open_binary, replacing, write_whole
+from deevisum_jax.files import exists, locate, open_binary, replacing, write_whole
 
 # In the order of the library, which puts the last of these first in a file: the widest numbers
 # begin the data, so that all are aligned.
@@ -56,6 +56,12 @@ _AGAIN = "download or write it again"
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+
+# What other files begin with.
+_STRANGERS = {
+    b"version ": "a pointer of git-lfs and not the file itself; run git lfs pull",
+    b"GGUF": "a GGUF file and no safetensors; give the checkpoint that it was made of",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,7 +104,7 @@ def open_safetensors(folder_or_file: str | os.PathLike) -> dict[str, Tensor]:
     Raises:
       UserError: something is missing, damaged or contradicts itself; names file and tensor.
     """
-    path = epath.Path(folder_or_file)
+    path = locate(folder_or_file)
     if path.suffix == ".safetensors":
         return _open_file(path)
     if exists(path / SINGLE_FILE):
@@ -106,8 +112,13 @@ def open_safetensors(folder_or_file: str | os.PathLike) -> dict[str, Tensor]:
     if exists(path / INDEX_FILE):
         return _open_shards(path)
     raise UserError(
-        f"{os.fspath(path)} holds neither {SINGLE_FILE} nor {INDEX_FILE}; give a .safetensors "
-        "file, or a folder with one of these"
+        f"{os.fspath(path)} holds neither {SINGLE_FILE} nor {INDEX_FILE}; "
+        + (
+            "its pytorch_model.bin is a pickle, which is not read: load it with transformers and "
+            "save_pretrained it again"
+            if exists(path / "pytorch_model.bin")
+            else "download them, too"
+        )
     )
 
 
@@ -164,7 +175,11 @@ def _read_header(stream: BinaryIO, file: str) -> tuple[dict[str, Any], int, int]
     stream.seek(0)
     if file_bytes < 8:
         raise UserError(f"{file} has {file_bytes} bytes and no safetensors header; {_AGAIN}")
-    length = int.from_bytes(stream.read(8), "little")
+    start = stream.read(8)
+    for beginning, what in _STRANGERS.items():
+        if start.startswith(beginning):
+            raise UserError(f"{file} is {what}")
+    length = int.from_bytes(start, "little")
     if length > min(file_bytes - 8, _MAX_JSON_BYTES):
         raise UserError(
             f"{file} claims a header of {length} bytes, in a file of {file_bytes} (and at most "

@@ -52,7 +52,7 @@ from deevisum_jax.convert.rows import Converted, Row, fill, match
 from deevisum_jax.convert.safetensors import open_safetensors
 from deevisum_jax.convert.tensors import Tensor, read
 from deevisum_jax.errors import UserError
-from deevisum_jax.files import exists
+from deevisum_jax.files import exists, locate
 from deevisum_jax.models.pytree import Params
 from deevisum_jax.models.two_towers import TwoTowersConfig, abstract_params
 
@@ -85,7 +85,7 @@ def load(
       UserError: nothing of the kind is there, it is another kind of model, or its tensors are not
         the model's; all that do not fit are listed.
     """
-    path = epath.Path(path).expanduser()
+    path = locate(path)
     abstract = abstract_params(config)
     if shardings is not None:
         abstract = sharding.abstract(abstract, shardings)

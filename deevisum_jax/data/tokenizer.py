@@ -61,11 +61,10 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     Raises:
       UserError: no such file, no SentencePiece model, or another id layout.
     """
-    path = pathlib.Path(path)
+    path = pathlib.Path(path).expanduser()
     if not path.is_file():
         raise UserError(
-            f"tokenizer {path} is not a file; give data.tokenizer the path of "
-            "paligemma_tokenizer.model, or leave it empty to train one on the data set's text"
+            f"tokenizer {path} is not a file; give the path of paligemma_tokenizer.model"
         )
     return parse_tokenizer(path.read_bytes(), str(path))
 
@@ -75,8 +74,10 @@ def parse_tokenizer(model: bytes, path: str) -> Tokenizer:
     processor = sentencepiece.SentencePieceProcessor()
     try:
         processor.LoadFromSerializedProto(model)
-    except RuntimeError as error:
-        raise UserError(f"tokenizer {path} is not a SentencePiece model ({error})") from None
+    except RuntimeError:
+        raise UserError(
+            f"tokenizer {path} is not a SentencePiece model; give paligemma_tokenizer.model"
+        ) from None
     layout = (processor.pad_id(), processor.eos_id(), processor.bos_id(), processor.unk_id())
     first_loc = processor.vocab_size() - len(LOC_SEG)
     if layout != (PAD, EOS, BOS, UNK) or processor.piece_to_id(LOC_SEG[0]) != first_loc:

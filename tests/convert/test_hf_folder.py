@@ -2,17 +2,21 @@
 
 import dataclasses
 import json
+import re
+import sys
 
 import jax
 import numpy as np
 import PIL.Image
 import pytest
 
+from deevisum_jax import weights
 from deevisum_jax.convert import hf_folder, tokenizer_json
 from deevisum_jax.data.prompts import PromptEncoder, load_template
 from deevisum_jax.data.tokenizer import train_tokenizer
 from deevisum_jax.errors import UserError
-from deevisum_jax.models.paligemma2 import bind, get_config
+from deevisum_jax.models.paligemma2 import bind, get_config, init_params
+from tests.checkpoint_files import hugging_face_model, write_run
 from tests.hf_reference import IMAGE_TOKEN, hf_inputs, reference
 
 PADDED = 576
@@ -364,6 +368,46 @@ def test_the_processor_makes_our_prompt_and_our_pixels(folder, config, tokenizer
     assert hf_folder.config_facts(content, again).resize == resize
 
 
+def test_rows_behind_our_vocabulary_are_never_generated(config, tokenizer, tmp_path):
+    import torch
+    import transformers
+
+    config = dataclasses.replace(config, exit_layers=())
+    first = config.llm.vocab_size
+    theirs = hugging_face_model(init_params(config, jax.random.key(0)), config)
+    with torch.no_grad():
+        # Whatever the hidden state, one of two opposite rows has the greatest logit by far.
+        table = theirs.get_input_embeddings().weight
+        table[first] *= 1000
+        table[first + 1] = -table[first]
+    theirs.save_pretrained(tmp_path)
+    hf_folder.write_folder(
+        tmp_path,
+        config=config,
+        tokenizer=tokenizer,
+        table_rows=first + 64,
+        dtype="float32",
+        resize="bicubic",
+        deevisum=None,
+        card="",
+        gemma_terms=False,
+    )
+    theirs = transformers.PaliGemmaForConditionalGeneration.from_pretrained(tmp_path)
+    text = random_batch(T=8, prefix=8)
+    text["tokens"] = np.minimum(text["tokens"], tokenizer.vocab_size - 1)
+    inputs = hf_inputs(**text, image_token=tokenizer.vocab_size)
+    new = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    kept = theirs.generate(**inputs, **new)[:, -4:]
+    assert kept.max() < first
+    theirs.generation_config.suppress_tokens = None
+    assert theirs.generate(**inputs, **new)[:, -4:].min() >= first
+
+
+def test_without_padding_nothing_is_suppressed():
+    assert "suppress_tokens" not in hf_folder.generation_config(512, 512)
+    assert hf_folder.generation_config(512, 515)["suppress_tokens"] == [512, 513, 514]
+
+
 def test_a_mask_token_is_named_only_where_there_is_one(tokenizer):
     assert hf_folder.tokenizer_config(tokenizer)["mask_token"] is None
     content = tokenizer_json.to_tokenizer_json(tokenizer)
@@ -421,7 +465,74 @@ def test_weights_that_only_changed_their_form_are_not_called_trained(config):
         gemma_terms=True,
     )
     assert "These are the weights of `google/paligemma2-3b-pt-224`, put into this form" in card
-    assert "It was trained" not in card
+    assert "These are Google's weights in another form, and by those terms this form is a" in card
+    for word in ("It was trained", "modified", "distillation", "## Limits"):
+        assert word not in card
+
+
+def test_a_lost_name_of_released_weights_is_said_to_be_lost(config):
+    card = hf_folder.model_card(
+        config,
+        title="Student",
+        deevisum=DEEVISUM,
+        report=None,
+        dataset="tvsum",
+        base_model=None,
+        gemma_terms=True,
+    )
+    assert "from released PaliGemma 2 weights (their name was not kept) on tvsum with" in card
+    assert "have been modified" in card
+    assert "base_model" not in card
+
+
+def test_the_card_says_what_the_scores_are_not_for(card):
+    _, limits = card.split("## Limits\n")
+    limits, _ = limits.split("## Evaluation")
+    assert "segments of 2 s with 2 frames, and for prompts of at most 48\n" in limits
+    assert "relative within a video" in limits
+
+
+@pytest.fixture(scope="module")
+def example_folder(tiny_config, tmp_path_factory):
+    """What a run with several frames leaves, exported, with pictures where its card looks."""
+    workdir = tmp_path_factory.mktemp("run") / "student"
+    write_run(workdir, tiny_config("data.num_frames=2", "data.text_len=64"))
+    folder = tmp_path_factory.mktemp("exported") / "student"
+    weights.export_hf(weights.open_source(str(workdir)), folder)
+    rng = np.random.default_rng(0)
+    for i in (1, 2):
+        picture = PIL.Image.fromarray(rng.integers(0, 256, (48, 64, 3), np.uint8))
+        picture.save(folder / f"frame_{i}.jpg")
+    return folder
+
+
+def run_snippet(card: str, number: int) -> dict:
+    """Runs a block of Python of a card as it stands; returns its variables."""
+    names = {"__name__": "snippet"}
+    exec(re.findall(r"```python\n(.*?)```", card, re.DOTALL)[number], names)
+    return names
+
+
+# PaliGemma's processor lets numpy copy a tensor in a way that numpy 2 does not like.
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't:DeprecationWarning")
+def test_the_cards_snippets_run_as_they_stand(example_folder, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(example_folder)
+    card = (example_folder / "README.md").read_text()
+    scored = run_snippet(card, 0)
+    assert type(scored["model"]).__name__ == "DeevisumModel"
+    assert len(scored["frames"]) == 2
+    assert scored["scores"].importance.shape == (1,)
+    assert "importance tensor([0." in capsys.readouterr().out
+    told = run_snippet(card, 1)
+    assert told["PROMPT"] == scored["text"].removeprefix("<image>" * 2)
+    assert told["tokens"].max() < told["model"].config.text_config.vocab_size
+    assert capsys.readouterr().out
+    # What is said of AutoModel.
+    import transformers
+
+    assert type(transformers.AutoModel.from_pretrained(".")) is transformers.PaliGemmaModel
 
 
 def test_a_model_from_scratch_has_no_gemma_terms_and_may_be_unevaluated(

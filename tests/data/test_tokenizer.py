@@ -79,7 +79,7 @@ def test_too_few_pieces_are_refused(tmp_path):
 
 
 def test_no_such_file(tmp_path):
-    with pytest.raises(UserError, match=r"missing\.model is not a file; give data\.tokenizer"):
+    with pytest.raises(UserError, match=r"missing\.model is not a file; give the path of"):
         tokenizer.load_tokenizer(tmp_path / "missing.model")
 
 
