@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import glob
 import math
 import os
 import pathlib
@@ -33,7 +34,7 @@ from deevisum_jax.convert.tensors import STORED_DTYPES, Tensor, num_bytes, slab_
 from deevisum_jax.data.tokenizer import LOC_SEG, train_tokenizer
 from deevisum_jax.models import paligemma2
 
-_STEPS = ("import", "to_hugging_face", "to_big_vision", "to_weights")
+_STEPS = ("read", "import", "to_hugging_face", "to_big_vision", "to_weights")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,32 +109,40 @@ def benchmark(scratch: pathlib.Path, variant: str, dtype: str, repeats: int) -> 
             command, check=True, stdout=subprocess.PIPE, text=True
         ).stdout.split()
         seconds, peak = float(found[0]), float(found[1])
-        what = f"{name} {source.name}" + (f" -> {out.name}" if name != "import" else "")
+        what = f"{name} {source.name}"
+        what += f" -> {out.name}" if name not in ("read", "import") else ""
         print(f"{what}: {seconds:.1f} s, peak memory {peak / 1e9:.2f} GB, "
               f"{peak / model_bytes:.2f} of the model", flush=True)  # fmt: skip
         return seconds
 
     def timed_import(source: pathlib.Path) -> None:
-        """The import's speed beside that of cat, both from a cold cache, taking turns."""
+        """The import's speed beside cat's, and beside a plain read into memory, from cold caches.
+
+        They take turns. cat keeps nothing; a read must touch as much fresh memory as an import.
+        """
         files = [source] if source.is_file() else sorted(source.glob("*.safetensors"))
-        ratios, speeds = [], []
+        seconds: dict[str, list[float]] = {"cat": [], "read": [], "import": []}
         for _ in range(repeats):
             forget(files)
             start = time.perf_counter()
             with open(os.devnull, "wb") as sink:
                 subprocess.run(["cat", *map(str, files)], check=True, stdout=sink)
-            cat = time.perf_counter() - start
-            forget(files)
-            seconds = step("import", source, scratch / "unused")
-            ratios.append(cat / seconds)
-            speeds.append((model_bytes / cat / 1e9, model_bytes / seconds / 1e9))
-        cats, imports = zip(*speeds, strict=True)
-        print(
-            f"import {source.name}: {statistics.median(imports):.2f} GB/s, cat "
-            f"{statistics.median(cats):.2f} GB/s; {statistics.median(ratios):.2f} of cat's speed "
-            f"({min(ratios):.2f} to {max(ratios):.2f} in {repeats} pairs)",
-            flush=True,
-        )
+            seconds["cat"].append(time.perf_counter() - start)
+            for name in ("read", "import"):
+                forget(files)
+                seconds[name].append(step(name, source, scratch / "unused"))
+        speeds = {
+            name: f"{name} {model_bytes / statistics.median(found) / 1e9:.2f} GB/s"
+            for name, found in seconds.items()
+        }
+        print(f"{source.name}, medians of {repeats}: {', '.join(speeds.values())}")
+        for name in ("cat", "read"):
+            ratios = [a / b for a, b in zip(seconds[name], seconds["import"], strict=True)]
+            print(
+                f"import {source.name}: {statistics.median(ratios):.2f} of {name}'s speed "
+                f"({min(ratios):.2f} to {max(ratios):.2f})",
+                flush=True,
+            )
 
     hugging_face, again = scratch / "hugging_face", scratch / "again.npz"
     timed_import(released)
@@ -160,6 +169,14 @@ def run_step(step: str, source: str, tokenizer: str, out: pathlib.Path) -> None:
 
     jax.devices()
     start = time.perf_counter()
+    if step == "read":
+        files = (
+            [source] if source.endswith(".npz") else sorted(glob.glob(f"{source}/*.safetensors"))
+        )
+        kept = [read_plainly(file) for file in files]
+        assert sum(map(len, kept))
+        print(time.perf_counter() - start, peak_memory())
+        return
     tokens = tokenizer if source.endswith(".npz") else ""
     opened = weights.open_source(source, tokenizer_path=tokens)
     if step == "import":
@@ -170,7 +187,22 @@ def run_step(step: str, source: str, tokenizer: str, out: pathlib.Path) -> None:
         weights.export_big_vision(opened, out)
     else:
         weights.convert(opened, out)
-    print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    print(time.perf_counter() - start, peak_memory())
+
+
+def peak_memory() -> int:
+    """Most bytes that this process has held at a time."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def read_plainly(file: str) -> np.ndarray:
+    """The bytes of a file in fresh memory."""
+    content = np.empty(os.path.getsize(file), np.uint8)
+    with open(file, "rb", buffering=0) as stream:
+        view = memoryview(content)
+        while view:
+            view = view[stream.readinto(view[: 2**20]) :]
+    return content
 
 
 def forget(files: Sequence[pathlib.Path]) -> None:

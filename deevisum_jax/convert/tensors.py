@@ -25,7 +25,7 @@ STORED_DTYPES = {
     "float16": np.dtype(np.float16),
 }
 
-SLAB_BYTES = 16 * 2**20
+SLAB_BYTES = 4 * 2**20  # stays in the processor's cache from the file to where it goes
 _CHUNK_BYTES = 2**20  # read at a time; small enough to stay in the processor's cache
 
 
