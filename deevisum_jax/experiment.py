@@ -5,7 +5,6 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Sequence
 
-from deevisum_jax import initialization
 from deevisum_jax.config import Config
 from deevisum_jax.data import pipeline, prompts, tokenizer
 from deevisum_jax.data.prompts import PromptTemplate
@@ -13,8 +12,9 @@ from deevisum_jax.data.segments import SegmentEncoder
 from deevisum_jax.data.tokenizer import Tokenizer
 from deevisum_jax.errors import UserError
 from deevisum_jax.files import write_whole
+from deevisum_jax.initialization import Start
 from deevisum_jax.models import paligemma2
-from deevisum_jax.runs import TEMPLATE_FILE, TOKENIZER_FILE
+from deevisum_jax.runs import TEMPLATE_FILE, TOKENIZER_FILE, settings_of
 
 
 def make_template(config: Config, workdir: pathlib.Path) -> PromptTemplate:
@@ -27,15 +27,14 @@ def make_template(config: Config, workdir: pathlib.Path) -> PromptTemplate:
     return template
 
 
-def given_tokenizer(config: Config, workdir: pathlib.Path) -> Tokenizer | None:
+def given_tokenizer(config: Config, workdir: pathlib.Path, start: Start | None) -> Tokenizer | None:
     """The tokenizer that the run has or is to take over; None if it is yet to be trained."""
     kept = workdir / TOKENIZER_FILE
     if kept.exists():
         return tokenizer.load_tokenizer(kept)
     if config.data.tokenizer:
         return tokenizer.load_tokenizer(config.data.tokenizer)
-    start = initialization.find(config)  # the embeddings to start from belong to its pieces
-    return start.tokenizer() if start else None
+    return start.tokenizer() if start else None  # its embeddings belong to its pieces
 
 
 def make_tokenizer(
@@ -43,10 +42,10 @@ def make_tokenizer(
     workdir: pathlib.Path,
     template: PromptTemplate,
     records: Sequence[pipeline.Record],
+    given: Tokenizer | None,
 ) -> Tokenizer:
-    """The run's tokenizer; kept in `workdir` as the template is."""
+    """The run's tokenizer, `given_tokenizer`'s or trained; kept in `workdir` as the template is."""
     kept = workdir / TOKENIZER_FILE
-    given = given_tokenizer(config, workdir)
     if given is None:
         return tokenizer.train_tokenizer(
             pipeline.texts(records, template), kept, vocab_size=config.data.vocab_size
@@ -62,19 +61,13 @@ def model_config(config: Config, tokens: Tokenizer | None = None) -> paligemma2.
     Raises:
       UserError: as `paligemma2.get_config`, or the exits do not end at the depth.
     """
-    img = {}
-    if config.model.image_size is not None:
-        img["image_size"] = config.model.image_size
-    llm = {
-        "final_logits_softcap": config.model.final_logits_softcap or 0.0,
-        "sliding_window": config.model.sliding_window or None,
-    }
+    settings = settings_of(config)
+    llm = settings.llm
     if tokens is not None:
-        # To a multiple of 128, as PaliGemma's own is, so that any tensor axis divides it.
-        llm["vocab_size"] = -(-tokens.vocab_size // 128) * 128
+        llm |= {"vocab_size": paligemma2.table_rows(tokens.vocab_size)}
     made = paligemma2.get_config(
         config.model.variant,
-        img=img,
+        img=settings.img,
         llm=llm,
         exit_layers=config.model.exit_layers,
         dtype=config.model.dtype,
@@ -116,7 +109,7 @@ def make_encoder(
         ),
         num_frames=config.data.num_frames,
         image_size=image_size,
-        resize=config.data.resize or "bilinear",
+        resize=settings_of(config).resize,
         left_out=config.data.left_out,
     )
 

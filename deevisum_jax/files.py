@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pathlib
 import re
@@ -10,7 +11,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from etils import epath
 
@@ -52,9 +53,7 @@ def whole_folder(out: pathlib.Path) -> Iterator[pathlib.Path]:
     with writing(out):
         # An empty folder is filled from within: it may be mounted, or its parent not ours. A new
         # one grows beside the nearest folder there is, so that a failure leaves no parents behind.
-        home = target
-        while not home.exists():
-            home = home.parent
+        home = _nearest_there_is(target)
         if home == target and not _is_empty(target):
             raise UserError(f"{out} exists and is not an empty folder; give --out a new one")
         # A name of its own: other runs may be at work in the same place.
@@ -81,15 +80,19 @@ def check_room(out: pathlib.Path, num_bytes: int) -> None:
     Raises:
       UserError: it has too little room.
     """
-    home = out.resolve()
-    while not home.exists():
-        home = home.parent
-    free = shutil.disk_usage(home).free
+    free = shutil.disk_usage(_nearest_there_is(out.resolve())).free
     if free < num_bytes:
         raise UserError(
             f"{out} wants {num_bytes / 1e9:.3g} GB and its disk has {free / 1e9:.3g} GB left; make "
             "room, or give --out another disk"
         )
+
+
+def _nearest_there_is(path: pathlib.Path) -> pathlib.Path:
+    """The path itself, or the nearest folder above it that exists."""
+    while not path.exists():
+        path = path.parent
+    return path
 
 
 def _remove(folder: pathlib.Path) -> None:
@@ -175,6 +178,25 @@ def open_binary(path: epath.Path) -> Iterator[BinaryIO]:
         raise UserError(f"{os.fspath(path)} cannot be opened: {error}{_extra(error)}") from error
     with stream:
         yield stream
+
+
+def read_json(path: pathlib.Path | epath.Path, advice: str = "download it again") -> dict[str, Any]:
+    """The JSON object that a file holds, in a bucket or not.
+
+    Args:
+      path: of the file.
+      advice: the next step if it is damaged.
+
+    Raises:
+      UserError: it cannot be read or holds no such thing.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is no JSON ({error}); {advice}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object; {advice}")
+    return content
 
 
 def _extra(error: Exception) -> str:

@@ -28,7 +28,7 @@ from deevisum_jax.convert.tensors import ArrayTensor, read
 from deevisum_jax.data import tokenizer
 from deevisum_jax.data.tokenizer import Tokenizer
 from deevisum_jax.errors import UserError
-from deevisum_jax.files import exists, locate, write_whole
+from deevisum_jax.files import exists, locate, read_json, write_whole
 from deevisum_jax.models import paligemma2
 from deevisum_jax.models.paligemma2 import PaliGemma2Config, Params
 from deevisum_jax.models.pytree import DTYPES
@@ -147,20 +147,22 @@ def is_weights(path: str) -> bool:
     return exists(locate(path) / WEIGHTS_FILE)
 
 
-def settle(config: Config, workdir: pathlib.Path) -> Config:
-    """The config with what it leaves open filled in: as the run began, or as its start says.
+def settle(config: Config, workdir: pathlib.Path) -> tuple[Config, Start | None]:
+    """Fills in what the config leaves open: as the run began, or as its start says.
+
+    Returns:
+      The config, and the start; None from scratch, and where the run stands already.
 
     Raises:
-      UserError: as `find`.
+      UserError: as `find`, or the start is of another variant.
     """
     if runs.has_checkpoint(workdir) and (workdir / runs.CONFIG_FILE).exists():
-        return with_settings(config, settings_of(runs.load_config(workdir)))
+        return with_settings(config, settings_of(runs.load_config(workdir))), None
     start = find(config)
     if start is None:
-        variant = paligemma2.get_config(config.model.variant)
-        return with_settings(config, own_settings(variant))
+        return with_settings(config, settings_of(config)), None
     start.check_variant(config)
-    return with_settings(config, start.settings)
+    return with_settings(config, start.settings), start
 
 
 def _check_variant(variant: str, config: Config) -> None:
@@ -177,7 +179,7 @@ class FromRun:
 
     folder: pathlib.Path
 
-    @property
+    @functools.cached_property
     def config(self) -> Config:
         """What it was trained with."""
         return runs.load_config(self.folder)
@@ -192,7 +194,7 @@ class FromRun:
         """As the run noted it when it began."""
         file = self.folder / runs.ORIGIN_FILE
         if file.exists():
-            return json.loads(file.read_text(encoding="utf-8"))["released_weights"]
+            return read_json(file, "delete it")["released_weights"]
         start = self.config.initialization  # of before it was noted
         return None if start == config_lib.FROM_SCRATCH else start
 
@@ -202,21 +204,16 @@ class FromRun:
 
     def check(self, config: Config, vocab_size: int | None) -> None:
         """As `Start.check`."""
-        given, theirs = config.initialization, self.config.model
         self.check_variant(config)
-        if theirs.exit_layers != config.model.exit_layers:
+        _check_exits(config, self.config.model.exit_layers)
+        size = self.settings.image_size
+        if config.model.image_size not in (None, size):
             raise UserError(
-                f"the exit heads of initialization={given!r} sit after the layers "
-                f"{theirs.exit_layers}, not after model.exit_layers={config.model.exit_layers}; "
-                "set the same"
-            )
-        if config.model.image_size not in (None, self.settings.image_size):
-            raise UserError(
-                f"initialization={given!r} was trained on pictures of {self.settings.image_size} "
+                f"initialization={config.initialization!r} was trained on pictures of {size} "
                 f"pixels, not of model.image_size={config.model.image_size}; set the same, or "
                 "export the run and start from the export, which resamples its position embeddings"
             )
-        _check_pieces(config, self.tokenizer())
+        _check_pieces(config, self)
 
     def tokenizer(self) -> Tokenizer:
         """As `Start.tokenizer`."""
@@ -263,19 +260,16 @@ class FromReleased:
         self.check_variant(config)
         vocab_size = _demand_vocab_size(config, vocab_size)
         self.checkpoint.check_vocabulary(vocab_size)
-        _check_pieces(config, self.tokenizer())
-        if self.checkpoint.exit_layers not in ((), config.model.exit_layers):
-            raise UserError(
-                f"the exit heads of initialization={config.initialization!r} sit after the layers "
-                f"{self.checkpoint.exit_layers}, not after model.exit_layers="
-                f"{config.model.exit_layers}; set the same"
-            )
+        _check_pieces(config, self)
+        if self.checkpoint.exit_layers:
+            _check_exits(config, self.checkpoint.exit_layers)
         # All of it, before data is built.
+        settings = settings_of(with_settings(config, self.settings))
         self.checkpoint.match(
             paligemma2.get_config(
                 config.model.variant,
-                img={"image_size": config.model.image_size or self.settings.image_size},
-                llm={"vocab_size": vocab_size},
+                img=settings.img,
+                llm=settings.llm | {"vocab_size": vocab_size},
             )
         )
 
@@ -356,12 +350,8 @@ class FromWeights:
         facts = self.facts
         return paligemma2.get_config(
             facts["variant"],
-            img={"image_size": self.settings.image_size},
-            llm={
-                "vocab_size": facts["vocab_size"],
-                "final_logits_softcap": self.settings.final_logits_softcap,
-                "sliding_window": self.settings.sliding_window or None,
-            },
+            img=self.settings.img,
+            llm=self.settings.llm | {"vocab_size": facts["vocab_size"]},
             param_dtype=facts["dtype"],
         )
 
@@ -375,7 +365,7 @@ class FromWeights:
                 f"model.image_size={config.model.image_size}; set the same, or convert again with "
                 f"--image_size {config.model.image_size}"
             )
-        _check_pieces(config, self.tokenizer())
+        _check_pieces(config, self)
         wanted = _demand_vocab_size(config, vocab_size)
         if (rows := self.facts["vocab_size"]) != wanted:
             raise UserError(
@@ -484,9 +474,17 @@ def read_padding(folder: pathlib.Path | epath.Path) -> np.ndarray | None:
     return read(safetensors.open_safetensors(file)["rows"]) if exists(file) else None
 
 
-def _check_pieces(config: Config, own: Tokenizer | None) -> None:
+def _check_exits(config: Config, theirs: tuple[int, ...]) -> None:
+    if theirs != config.model.exit_layers:
+        raise UserError(
+            f"the exit heads of initialization={config.initialization!r} sit after the layers "
+            f"{theirs}, not after model.exit_layers={config.model.exit_layers}; set the same"
+        )
+
+
+def _check_pieces(config: Config, start: Start) -> None:
     """Refuses another tokenizer than the weights' own, whatever its size."""
-    if not config.data.tokenizer or own is None:
+    if not config.data.tokenizer or (own := start.tokenizer()) is None:
         return
     if tokenizer.load_tokenizer(config.data.tokenizer).pieces != own.pieces:
         raise UserError(

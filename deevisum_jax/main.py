@@ -56,7 +56,7 @@ what DIR gets:
   checkpoints/    to resume from, and the best by validation tau
   config.json, tokenizer.model, template.txt   what the checkpoints need to be used
 
-Exit status: 0 done, 2 a mistake in what was given (one line says which, and the next step),
+Exit status: 0 done, 2 a mistake in what was given (a message says which, and the next step),
 130 interrupted.
 """
 
@@ -67,13 +67,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, config = parse(argv)
     # Orbax warns of much that is as it should be.
     absl.logging.set_verbosity(absl.logging.ERROR)
-    config = initialization.settle(config, args.workdir)
+    config, start = initialization.settle(config, args.workdir)
     if args.mode == "train":
         runs.claim(args.workdir, config)
     else:
         runs.check(args.workdir, config)
     with jax.set_mesh(sharding.make_mesh(**dataclasses.asdict(config.mesh))):
-        run = Run(config, args.workdir)
+        run = Run(config, args.workdir, start)
         if args.mode == "train":
             run.train()
         run.evaluate()
@@ -117,9 +117,11 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Config]:
 class Run:
     """One experiment on the current mesh: its data, its model, its state."""
 
-    def __init__(self, config: Config, workdir: pathlib.Path) -> None:
+    def __init__(
+        self, config: Config, workdir: pathlib.Path, start: initialization.Start | None
+    ) -> None:
         # ---- Mistakes that need no data to be seen: building it may take minutes ----
-        self.config, self.workdir = config, workdir
+        self.config, self.workdir, self.start = config, workdir, start
         self.mesh = jax.sharding.get_mesh()
         microbatch = config.batch_size // config.optim.accumulate_steps
         sharding.check_batch("batch_size / optim.accumulate_steps", microbatch, self.mesh)
@@ -129,21 +131,21 @@ class Run:
         sharding.validate(shapes, self.mesh)
         optim.split_frozen(shapes, config.optim.frozen)
         template = experiment.make_template(config, workdir)
-        given = experiment.given_tokenizer(config, workdir)
+        given = experiment.given_tokenizer(config, workdir, start)
         vocab_size = None
         if given is not None:
             experiment.make_encoder(config, given, template, early_config.img.image_size)
             vocab_size = experiment.model_config(config, given).llm.vocab_size
-        self.start = None
-        if not runs.has_checkpoint(workdir) and (start := initialization.find(config)):
+        if start is not None:
             start.check(config, vocab_size)
-            self.start = start
 
         # ---- Data: records, tokenizer, segments ----
         self.dataset = datasets.Dataset(config.data.dataset, config.data.data_dir)
         for split in (config.eval.validation_split, config.eval.test_split):
             self.dataset.split(split)  # a wrong name is better known before training than after
-        tokens = experiment.make_tokenizer(config, workdir, template, self.dataset.split("train"))
+        tokens = experiment.make_tokenizer(
+            config, workdir, template, self.dataset.split("train"), given
+        )
         self.model_config = experiment.model_config(config, tokens)
         self.make_encoder = functools.partial(
             experiment.make_encoder, config, tokens, template, self.model_config.img.image_size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from typing import Any
 
 from deevisum_jax import config as config_lib
 from deevisum_jax.config import Config
@@ -35,6 +36,19 @@ class Settings:
     final_logits_softcap: float  # 0 = none
     sliding_window: int  # tokens, of layers 0, 2, 4, ...; 0 = all layers are global
     resize: str  # of `typing.RESIZES`
+
+    @property
+    def img(self) -> dict[str, Any]:
+        """As fields of the image tower's config."""
+        return {"image_size": self.image_size}
+
+    @property
+    def llm(self) -> dict[str, Any]:
+        """As fields of the language model's config."""
+        return {
+            "final_logits_softcap": self.final_logits_softcap,
+            "sliding_window": self.sliding_window or None,
+        }
 
 
 def settings_of(config: Config) -> Settings:

@@ -41,7 +41,7 @@ what DIR gets, all of it or nothing:
   summary.json   the score and the exit of every segment, every shot and whether it was chosen
   keyframes/     one still of each chosen shot
 
-Exit status: 0 done, 2 a mistake in what was given (one line says which, and the next step),
+Exit status: 0 done, 2 a mistake in what was given (a message says which, and the next step),
 130 interrupted.
 """
 

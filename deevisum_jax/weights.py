@@ -7,7 +7,6 @@ What is read is a trained run, converted weights, or a released checkpoint. The 
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 import re
 from collections.abc import Mapping
@@ -24,7 +23,7 @@ from deevisum_jax.convert.tensors import Tensor, cast, named_dtype
 from deevisum_jax.data import prompts, tokenizer
 from deevisum_jax.data.tokenizer import Tokenizer
 from deevisum_jax.errors import UserError
-from deevisum_jax.files import check_local, check_room, whole_folder, writing
+from deevisum_jax.files import check_local, check_room, read_json, whole_folder, writing
 from deevisum_jax.initialization import FromReleased, FromRun, FromWeights
 from deevisum_jax.models import paligemma2
 from deevisum_jax.models.paligemma2 import PaliGemma2Config, Params
@@ -96,7 +95,7 @@ def open_source(
                 f"{checkpoint} brings its own tokenizer, and {tokenizer_path} has other pieces; "
                 "leave --tokenizer out"
             )
-        if not 0 <= config.llm.vocab_size - given.vocab_size < 128:
+        if paligemma2.table_rows(given.vocab_size) != config.llm.vocab_size:
             raise UserError(
                 f"tokenizer {tokenizer_path} has {given.vocab_size} pieces, the model "
                 f"{config.llm.vocab_size} rows; give the tokenizer of these weights"
@@ -281,7 +280,7 @@ def _read_report(source: Source) -> dict[str, Any] | None:
     if source.run is None:
         return None
     file = source.start.folder / "report.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    return read_json(file, "evaluate the run again") if file.exists() else None
 
 
 def _base_model(origin: str | None) -> str | None:

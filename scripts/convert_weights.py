@@ -23,7 +23,7 @@ examples:
 Then train with --config.initialization=weights/pt_3b_224. The source itself can be named there,
 too; what is converted once loads faster, on many hosts above all, each reading its own part.
 
-Exit status: 0 done, 2 a mistake in what was given (one line says which, and the next step).
+Exit status: 0 done, 2 a mistake in what was given (a message says which, and the next step).
 """
 
 

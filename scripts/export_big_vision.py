@@ -21,7 +21,7 @@ example:
 Then, in a config of big_vision: config.model_init = "./student.bf16.npz". Exit heads stay behind:
 big_vision's PaliGemma has no place for them.
 
-Exit status: 0 done, 2 a mistake in what was given (one line says which, and the next step).
+Exit status: 0 done, 2 a mistake in what was given (a message says which, and the next step).
 """
 
 

@@ -23,7 +23,7 @@ In Python:
   PaliGemmaForConditionalGeneration.from_pretrained("exported/quickstart")
   AutoModel.from_pretrained("exported/quickstart", trust_remote_code=True)  # scores, leaves early
 
-Exit status: 0 done, 2 a mistake in what was given (one line says which, and the next step).
+Exit status: 0 done, 2 a mistake in what was given (a message says which, and the next step).
 """
 
 

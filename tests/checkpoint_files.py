@@ -1,5 +1,6 @@
 """Every size's tree at small widths, and checkpoints as their makers write them."""
 
+import io
 import pathlib
 import shutil
 
@@ -7,6 +8,7 @@ import jax
 import numpy as np
 
 from deevisum_jax import checkpoints, datasets, experiment, optim, runs, train_step
+from deevisum_jax import config as config_lib
 from deevisum_jax.config import Config
 from deevisum_jax.convert import big_vision, huggingface, rows
 from deevisum_jax.convert.tensors import read
@@ -84,7 +86,7 @@ def write_run(workdir: pathlib.Path, config: Config) -> None:
     runs.claim(workdir, config)
     records = datasets.Dataset(config.data.dataset, config.data.data_dir).split("train")
     template = experiment.make_template(config, workdir)
-    tokens = experiment.make_tokenizer(config, workdir, template, records)
+    tokens = experiment.make_tokenizer(config, workdir, template, records, None)
     model = experiment.model_config(config, tokens)
     encoder = experiment.make_encoder(config, tokens, template, model.img.image_size)
     batches = pipeline.train_iterator(
@@ -95,3 +97,29 @@ def write_run(workdir: pathlib.Path, config: Config) -> None:
     state = train_step.init_state(params, optim.make_optimizer(config.optim, schedule))
     with checkpoints.Checkpoints(workdir / runs.CHECKPOINT_FOLDER, config.checkpoint) as saved:
         saved.save(1, state, batches, {"tau": 0.0})
+
+
+class BucketFile:
+    """As little as a client of a bucket may offer."""
+
+    def __init__(self, content: bytes):
+        stream = io.BytesIO(content)
+        self.read, self.seek, self.tell = stream.read, stream.seek, stream.tell
+        self.seekable = lambda: True
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+def claim(workdir: pathlib.Path, config: Config) -> Config:
+    """What the folder holds when it was claimed."""
+    runs.claim(workdir, config)
+    return config_lib.load(workdir / runs.CONFIG_FILE)
+
+
+def with_checkpoint(workdir: pathlib.Path) -> None:
+    """As much of a checkpoint as tells that training has come to something."""
+    (workdir / runs.CHECKPOINT_FOLDER / "100").mkdir(parents=True)

@@ -22,7 +22,9 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from deevisum_jax import config as config_lib
-from deevisum_jax import datasets
+from deevisum_jax import datasets, experiment
+from deevisum_jax.data import tokenizer
+from tests import checkpoint_files
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 TINY_CONFIG = REPO / "configs" / "tiny.py"
@@ -58,6 +60,17 @@ def tiny_config(data_dir):
         )
 
     return make
+
+
+@pytest.fixture
+def other_run(tmp_path, tiny_config) -> pathlib.Path:
+    """A run as far as one can start from it, with a tokenizer of its own."""
+    folder = tmp_path / "other"
+    checkpoint_files.claim(folder, tiny_config())
+    experiment.make_template(tiny_config(), folder)
+    tokenizer.train_tokenizer(["quite", "another"], folder / "tokenizer.model", vocab_size=280)
+    checkpoint_files.with_checkpoint(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

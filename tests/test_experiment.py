@@ -1,14 +1,13 @@
 """Whose folder it is, whose words, and which model: what a run is made of."""
 
 import dataclasses
-import pathlib
 
 import pytest
 
-from deevisum_jax import config as config_lib
-from deevisum_jax import datasets, experiment, runs
+from deevisum_jax import datasets, experiment, initialization
 from deevisum_jax.data import tokenizer
 from deevisum_jax.errors import UserError
+from tests.checkpoint_files import claim, with_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -16,33 +15,10 @@ def records(data_dir):
     return datasets.Dataset("synthetic/tiny", str(data_dir)).split("train")
 
 
-def claim(workdir, config) -> config_lib.Config:
-    runs.claim(workdir, config)
-    return config_lib.load(workdir / "config.json")
-
-
-def contents(folder: pathlib.Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-
-
-def with_checkpoint(workdir):
-    (workdir / "checkpoints" / "100").mkdir(parents=True)
-
-
 def make_tokenizer(config, workdir, records) -> tokenizer.Tokenizer:
     template = experiment.make_template(config, workdir)
-    return experiment.make_tokenizer(config, workdir, template, records)
-
-
-@pytest.fixture
-def other_run(tmp_path, tiny_config) -> pathlib.Path:
-    """A run as far as one can start from it, with a tokenizer of its own."""
-    folder = tmp_path / "other"
-    claim(folder, tiny_config())
-    experiment.make_template(tiny_config(), folder)
-    tokenizer.train_tokenizer(["quite", "another"], folder / "tokenizer.model", vocab_size=280)
-    with_checkpoint(folder)
-    return folder
+    given = experiment.given_tokenizer(config, workdir, initialization.find(config))
+    return experiment.make_tokenizer(config, workdir, template, records, given)
 
 
 def test_the_tokenizer_is_trained_once_and_kept(tmp_path, tiny_config, records):

@@ -35,7 +35,7 @@ def tokens(tmp_path_factory) -> pathlib.Path:
 @pytest.fixture(scope="module")
 def config(tokens):
     """The tiny model with that many rows."""
-    rows = -(-tokenizer.load_tokenizer(tokens).vocab_size // 128) * 128
+    rows = paligemma2.table_rows(tokenizer.load_tokenizer(tokens).vocab_size)
     return paligemma2.get_config("tiny", llm={"vocab_size": rows})
 
 
@@ -118,7 +118,8 @@ def test_what_the_config_leaves_open_follows_the_source(
     kind, wanted, start_config, tmp_path, request
 ):
     given = start_config(request.getfixturevalue(kind))
-    settled = initialization.settle(given, tmp_path)
+    settled, start = initialization.settle(given, tmp_path)
+    assert start.settings == runs.settings_of(settled)
     model = settled.model
     found = (
         model.image_size,
@@ -129,7 +130,7 @@ def test_what_the_config_leaves_open_follows_the_source(
     assert found == wanted
     # What is said stands.
     said = ("model.final_logits_softcap=5", "model.sliding_window=0", "data.resize=bilinear")
-    settled = initialization.settle(start_config(given.initialization, *said), tmp_path)
+    settled, _ = initialization.settle(start_config(given.initialization, *said), tmp_path)
     assert settled.model.final_logits_softcap == 5
     assert settled.model.sliding_window == 0
     assert settled.data.resize == "bilinear"
@@ -137,24 +138,28 @@ def test_what_the_config_leaves_open_follows_the_source(
 
 def test_a_run_keeps_its_settings_when_its_source_is_gone(folder, start_config, tmp_path):
     workdir = tmp_path / "run"
-    runs.claim(workdir, initialization.settle(start_config(folder), workdir))
+    runs.claim(workdir, initialization.settle(start_config(folder), workdir)[0])
     (workdir / "checkpoints" / "2").mkdir(parents=True)
     gone = start_config(str(tmp_path / "gone"))
-    assert initialization.settle(gone, workdir).model.sliding_window == 4096
+    settled, start = initialization.settle(gone, workdir)
+    assert settled.model.sliding_window == 4096
+    assert start is None
 
 
 def test_from_scratch_the_variant_s_own_settings_stand(tiny_config, tmp_path):
-    settled = initialization.settle(tiny_config(), tmp_path)
+    settled, start = initialization.settle(tiny_config(), tmp_path)
+    assert start is None
     assert settled.model.image_size == 28
     assert (settled.model.final_logits_softcap, settled.model.sliding_window) == (0, 0)
     assert settled.data.resize == "bilinear"
 
 
 def test_a_resumed_run_of_another_image_size_is_refused(tiny_config, tmp_path):
-    runs.claim(tmp_path, initialization.settle(tiny_config(), tmp_path))
+    runs.claim(tmp_path, initialization.settle(tiny_config(), tmp_path)[0])
     (tmp_path / "checkpoints" / "2").mkdir(parents=True)
+    larger, _ = initialization.settle(tiny_config("model.image_size=56"), tmp_path)
     with pytest.raises(UserError, match=r"set back model\.image_size: 28 -> 56"):
-        runs.claim(tmp_path, initialization.settle(tiny_config("model.image_size=56"), tmp_path))
+        runs.claim(tmp_path, larger)
 
 
 def test_weights_serve_pictures_of_another_size(npz, config, trained, start_config):
@@ -207,7 +212,7 @@ def test_another_tokenizer_than_the_weights_own_is_refused_whatever_its_size(
     other = tmp_path / "other.model"
     texts = ["title a red bull", "talk two dots", "sound load applause", "yes silence", "no end"]
     made = tokenizer.train_tokenizer(texts, other, vocab_size=300)
-    assert -(-made.vocab_size // 128) * 128 == config.llm.vocab_size
+    assert paligemma2.table_rows(made.vocab_size) == config.llm.vocab_size
     for start in (folder, str(tmp_path / "weights")):
         check(start_config(start, f"data.tokenizer={tokens}"), config.llm.vocab_size)
         with pytest.raises(UserError, match=r"other\.model is not the tokenizer of init"):
@@ -293,7 +298,7 @@ def test_an_export_of_ours_gives_its_exits_to_the_same_layers_only(
 def test_converted_weights_keep_their_image_size(npz, start_config, tmp_path):
     weights.convert(weights.open_source(npz, image_size=56), tmp_path / "weights")
     given = start_config(str(tmp_path / "weights"))
-    assert initialization.settle(given, tmp_path).model.image_size == 56
+    assert initialization.settle(given, tmp_path)[0].model.image_size == 56
     with pytest.raises(UserError, match=r"converted for pictures of 56 .* --image_size 28"):
         check(start_config(str(tmp_path / "weights"), "model.image_size=28"))
 
@@ -339,17 +344,6 @@ def test_damaged_facts_of_converted_weights_are_refused(npz, start_config, tmp_p
     (tmp_path / "weights" / "weights.json").write_text('{"format": 1}')
     with pytest.raises(UserError, match=r"weights\.json is damaged or not of this version; run"):
         initialization.settle(start_config(str(tmp_path / "weights")), tmp_path)
-
-
-@pytest.fixture
-def other_run(tmp_path, tiny_config) -> pathlib.Path:
-    """A run as far as one can start from it, with a tokenizer of its own."""
-    folder = tmp_path / "other"
-    runs.claim(folder, tiny_config())
-    experiment.make_template(tiny_config(), folder)
-    tokenizer.train_tokenizer(["quite", "another"], folder / "tokenizer.model", vocab_size=280)
-    (folder / "checkpoints" / "100").mkdir(parents=True)
-    return folder
 
 
 def test_a_run_cannot_start_from_another_with_other_pieces(tmp_path, start_config, other_run):

@@ -75,7 +75,7 @@ def lines(workdir: pathlib.Path) -> list[dict[str, float]]:
 def final_params(workdir: pathlib.Path, step: int = 6):
     config = config_lib.load(workdir / "config.json")
     with jax.set_mesh(sharding.make_mesh(**dataclasses.asdict(config.mesh))):
-        abstract = main.Run(config, workdir)._abstract_params
+        abstract = main.Run(config, workdir, None)._abstract_params
         with checkpoints.Checkpoints(workdir / "checkpoints") as saved:
             return saved.restore_params(step, abstract)
 

@@ -6,34 +6,13 @@ import pathlib
 
 import pytest
 
-from deevisum_jax import config as config_lib
-from deevisum_jax import experiment, runs
-from deevisum_jax.data import tokenizer
+from deevisum_jax import runs
 from deevisum_jax.errors import UserError
-
-
-def claim(workdir, config) -> config_lib.Config:
-    runs.claim(workdir, config)
-    return config_lib.load(workdir / "config.json")
+from tests.checkpoint_files import claim, with_checkpoint
 
 
 def contents(folder: pathlib.Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-
-
-def with_checkpoint(workdir):
-    (workdir / "checkpoints" / "100").mkdir(parents=True)
-
-
-@pytest.fixture
-def other_run(tmp_path, tiny_config) -> pathlib.Path:
-    """A run as far as one can start from it, with a tokenizer of its own."""
-    folder = tmp_path / "other"
-    claim(folder, tiny_config())
-    experiment.make_template(tiny_config(), folder)
-    tokenizer.train_tokenizer(["quite", "another"], folder / "tokenizer.model", vocab_size=280)
-    with_checkpoint(folder)
-    return folder
 
 
 def test_a_new_folder_is_made_and_the_same_run_may_come_back(tmp_path, tiny_config):

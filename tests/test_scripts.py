@@ -36,7 +36,7 @@ def pieces(tmp_path_factory) -> pathlib.Path:
 @pytest.fixture(scope="module")
 def config(pieces) -> paligemma2.PaliGemma2Config:
     """The tiny model with room for them."""
-    rows = -(-tokenizer.load_tokenizer(pieces).vocab_size // 128) * 128
+    rows = paligemma2.table_rows(tokenizer.load_tokenizer(pieces).vocab_size)
     return paligemma2.get_config("tiny", llm={"vocab_size": rows})
 
 

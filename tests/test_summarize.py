@@ -42,7 +42,7 @@ def run(tmp_path_factory) -> pathlib.Path:
     config = config_lib.from_file(str(pathlib.Path(__file__).parent.parent / "configs" / "tiny.py"))
     runs.claim(folder, config)
     template = experiment.make_template(config, folder)
-    tokens = experiment.make_tokenizer(config, folder, template, records=[])
+    tokens = experiment.make_tokenizer(config, folder, template, records=[], given=None)
     save_checkpoint(folder, config, experiment.model_config(config, tokens))
     return folder
 

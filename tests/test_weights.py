@@ -234,7 +234,7 @@ def tokens(run) -> pathlib.Path:
 def released(request, tokens, tmp_path_factory):
     """Released weights of both forms: `(npz, folder)`."""
     folder = tmp_path_factory.mktemp(f"released_{request.param}")
-    size = -(-tokenizer.load_tokenizer(tokens).vocab_size // 128) * 128
+    size = paligemma2.table_rows(tokenizer.load_tokenizer(tokens).vocab_size)
     config = paligemma2.get_config("tiny", llm={"vocab_size": size}, param_dtype=request.param)
     params = paligemma2.init_params(config, jax.random.key(5))
     return (

@@ -7,7 +7,6 @@ here by their headers alone, so that a wrong file is known before anything else 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -24,13 +23,14 @@ from deevisum_jax.convert.safetensors import open_safetensors
 from deevisum_jax.convert.tensors import STORED_DTYPES, Tensor
 from deevisum_jax.data.tokenizer import Tokenizer, parse_tokenizer
 from deevisum_jax.errors import UserError
-from deevisum_jax.files import exists, locate
+from deevisum_jax.files import exists, locate, read_json
 from deevisum_jax.models.paligemma2 import (
     VARIANTS,
     PaliGemma2Config,
     Params,
     abstract_params,
     get_config,
+    table_rows,
 )
 
 BIG_VISION, HUGGING_FACE = "big_vision", "huggingface"
@@ -86,8 +86,8 @@ class Released:
             self.variant,
             img={"image_size": self.facts.image_size if image_size is None else image_size},
             llm={
-                # <image> stands behind the pieces, whose number our models round up.
-                "vocab_size": min(-(-self.facts.image_token // 128) * 128, self.facts.padded_vocab),
+                # <image> stands behind the pieces.
+                "vocab_size": min(table_rows(self.facts.image_token), self.facts.padded_vocab),
                 "final_logits_softcap": self.facts.final_logits_softcap,
                 "sliding_window": self.facts.sliding_window,
             },
@@ -190,7 +190,7 @@ class Released:
             return parse_tokenizer(model.read_bytes(), os.fspath(model))
         fast = folder / tokenizer_json.TOKENIZER_JSON
         if exists(fast):
-            return tokenizer_json.from_tokenizer_json(_read_json(fast), os.fspath(fast))
+            return tokenizer_json.from_tokenizer_json(read_json(fast), os.fspath(fast))
         return None
 
     def _with_own_exits(self, config: PaliGemma2Config) -> PaliGemma2Config:
@@ -226,7 +226,7 @@ def is_released(path: str) -> bool:
     if path.endswith(".npz"):
         return True
     config = locate(path) / hf_folder.CONFIG
-    return exists(config) and "model_type" in _read_json(config)
+    return exists(config) and "model_type" in read_json(config)
 
 
 def open_released(path: str) -> Released:
@@ -255,8 +255,8 @@ def open_released(path: str) -> Released:
     preprocessors = [
         folder / name for name in (hf_folder.PREPROCESSOR_CONFIG, hf_folder.PROCESSOR_CONFIG)
     ]
-    preprocessor = next((_read_json(file) for file in preprocessors if exists(file)), None)
-    content = _read_json(config)
+    preprocessor = next((read_json(file) for file in preprocessors if exists(file)), None)
+    content = read_json(config)
     facts = hf_folder.config_facts(content, preprocessor, path)
     tensors, own_names = huggingface.canonical(open_safetensors(path))
     tensors, lm_head = huggingface.tie(tensors)
@@ -334,13 +334,3 @@ def _big_vision_facts(tensors: Mapping[str, Tensor], path: str) -> Facts:
         padded_vocab=shape("llm/embedder/input_embedding", 2)[0],
         image_token=shape("llm/embedder/input_embedding", 2)[0],
     )
-
-
-def _read_json(file: epath.Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} is no JSON ({error}); download it again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file} holds no JSON object; download it again")
-    return content

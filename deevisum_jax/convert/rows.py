@@ -57,9 +57,7 @@ class Row:
     resample: bool = False
 
     def __post_init__(self):
-        taken = self.shape
-        if self.cut is not None:
-            taken = (self.cut[1] - self.cut[0], *self.shape[1:])
+        taken = (self.num_rows, *self.shape[1:])
         object.__setattr__(self, "split", self.split or taken)
         object.__setattr__(self, "order", self.order or tuple(range(len(self.split))))
         assert math.prod(self.split) == math.prod(taken), f"{self.target}: {self.split} of {taken}"
@@ -71,22 +69,27 @@ class Row:
         return "{i}" in self.sources[0]
 
     @property
-    def part_shape(self) -> tuple[int, ...]:
-        """What one source becomes."""
-        return tuple(self.split[axis] for axis in self.order)
+    def taken(self) -> tuple[int, int]:
+        """Half-open range of the source's rows that go into the parameter."""
+        return self.cut or (0, self.shape[0])
+
+    @property
+    def num_rows(self) -> int:
+        """How many they are."""
+        start, stop = self.taken
+        return stop - start
 
     @property
     def unit(self) -> int:
         """Rows of the source that make one step of the first axis of `split`."""
-        rows = self.shape[0] if self.cut is None else self.cut[1] - self.cut[0]
-        return rows // self.split[0]
+        return self.num_rows // self.split[0]
 
     @property
     def transform(self) -> str:
         """What happens to a source, for the report."""
         steps = []
         if self.cut is not None or self.max_padding:
-            start, stop = self.cut or (0, self.shape[0])
+            start, stop = self.taken
             steps.append(f"rows [{start}, {stop})")
         if len(self.split) != len(self.shape):
             steps.append(f"reshape {self.split}")
@@ -156,7 +159,7 @@ def match(
                 transform = f"resample from {tensor.shape}, {transform}"
             elif not _fits(tensor.shape, row):
                 offenders[source] = f"shape {tensor.shape}, wanted {row.shape} for {row.target}"
-            taken[source] += row.shape[0] if row.cut is None else row.cut[1] - row.cut[0]
+            taken[source] += row.num_rows
             report.append(
                 Converted(
                     source=spell(source),
@@ -227,7 +230,7 @@ def spill(params: Params, rows: Sequence[Row]) -> dict[str, Tensor]:
         for index, source in row.parts(leaf.shape):
             pieces.setdefault(source, []).append(_Piece(leaf, index, row))
     for found in pieces.values():
-        found.sort(key=lambda piece: piece.row.cut or (0, 0))
+        found.sort(key=lambda piece: piece.row.taken)
     return {source: _Spilled(tuple(found)) for source, found in pieces.items()}
 
 
@@ -275,7 +278,7 @@ class _Spilled:
     def slabs(self, unit: int = 1) -> Iterator[np.ndarray]:
         for piece in self.pieces:
             step = piece.row.unit
-            shape = (piece.row.split[0] * step, *self.shape[1:])
+            shape = (piece.row.num_rows, *self.shape[1:])
             for start, stop in slab_bounds(shape, self.dtype, math.lcm(unit, step)):
                 yield piece.rows(start // step, stop // step)
 
@@ -351,7 +354,7 @@ def _slabs(tensor: Tensor, name: str, row: Row) -> Iterator[tuple[int, np.ndarra
         _check_finite(whole, name, tensor)
         yield 0, whole.reshape(row.split).transpose(row.order)
         return
-    first, last = row.cut or (0, row.shape[0])
+    first, last = row.taken
     done = 0  # rows of the source
     for slab in tensor.slabs(row.unit):
         _check_finite(slab, name, tensor)

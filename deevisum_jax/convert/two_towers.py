@@ -36,7 +36,6 @@ In big_vision only names differ:
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -52,7 +51,7 @@ from deevisum_jax.convert.rows import Converted, Row, fill, match
 from deevisum_jax.convert.safetensors import open_safetensors
 from deevisum_jax.convert.tensors import Tensor, read
 from deevisum_jax.errors import UserError
-from deevisum_jax.files import exists, locate
+from deevisum_jax.files import exists, locate, read_json
 from deevisum_jax.models.pytree import Params
 from deevisum_jax.models.two_towers import TwoTowersConfig, abstract_params
 
@@ -236,11 +235,8 @@ def _check_config(path: epath.Path, config: TwoTowersConfig) -> None:
                 "model's page, or give the .safetensors file itself"
             )
         return
-    try:
-        theirs = json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"{file} is no JSON ({error}); download it again") from None
-    model_type = theirs.get("model_type") if isinstance(theirs, dict) else None
+    theirs = read_json(file)
+    model_type = theirs.get("model_type")
     if model_type != "siglip":
         hint = ""
         if model_type == "siglip2":

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deevisum_jax.errors import UserError, closest
+from deevisum_jax.errors import UserError
 from deevisum_jax.models import layers, masks, pytree
 from deevisum_jax.models.exits import ExitHeads
 from deevisum_jax.models.gemma2 import Gemma2, Gemma2Config, KVCache
@@ -190,14 +190,7 @@ def get_config(
       UserError: an unknown name or field (with the closest that exists), or a value that the
         config refuses.
     """
-    if name not in VARIANTS:
-        raise UserError(f"model variant {name!r} is unknown: {closest(name, VARIANTS)}")
-    config = VARIANTS[name]
-    towers = {
-        "img": pytree.replace_fields(config.img, "img", img or {}),
-        "llm": pytree.replace_fields(config.llm, "llm", llm or {}),
-    }
-    return pytree.replace_fields(config, "model", overrides | towers)
+    return pytree.vary(VARIANTS, name, "model", {"img": img, "llm": llm}, overrides)
 
 
 @jax.tree_util.register_dataclass
@@ -441,6 +434,14 @@ def init_params(config: PaliGemma2Config, key: jax.Array) -> Params:
 def abstract_params(config: PaliGemma2Config) -> Params:
     """Shapes and dtypes of `init_params`, computed without memory or time."""
     return pytree.abstract(PaliGemma2, config)
+
+
+def table_rows(num_pieces: int) -> int:
+    """Rows of the token table for a tokenizer: a multiple of 128, which any tensor axis divides.
+
+    PaliGemma's own 257,152 is one.
+    """
+    return -(-num_pieces // 128) * 128
 
 
 def without_exits(config: PaliGemma2Config) -> PaliGemma2Config:

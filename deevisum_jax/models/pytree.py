@@ -29,6 +29,36 @@ def check_dtype(field: str, given: str) -> None:
         raise UserError(f"{field} {given!r} is unknown: {closest(str(given), DTYPES)}")
 
 
+def vary(
+    variants: Mapping[str, Config],
+    name: str,
+    what: str,
+    towers: Mapping[str, Mapping[str, Any] | None],
+    fields: Mapping[str, Any],
+) -> Config:
+    """A variant by name, with fields replaced.
+
+    Args:
+      variants: configs by name.
+      name: one of them.
+      what: they are, for messages.
+      towers: fields of the configs within, by their name there.
+      fields: of the config itself.
+
+    Raises:
+      UserError: an unknown name or field (with the closest that exists), or a value that the
+        config refuses.
+    """
+    if name not in variants:
+        raise UserError(f"{what} variant {name!r} is unknown: {closest(name, variants)}")
+    config = variants[name]
+    changed = {
+        tower: replace_fields(getattr(config, tower), tower, given or {})
+        for tower, given in towers.items()
+    }
+    return replace_fields(config, "model", {**fields, **changed})
+
+
 def replace_fields(config: Config, where: str, fields: Mapping[str, Any]) -> Config:
     """A config with fields replaced.
 

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deevisum_jax.errors import UserError, closest
+from deevisum_jax.errors import UserError
 from deevisum_jax.models import layers, pytree
 from deevisum_jax.models.pytree import Params
 from deevisum_jax.models.siglip import (
@@ -119,14 +119,7 @@ def get_config(
       UserError: an unknown name or field (with the closest that exists), or a value that the
         config refuses.
     """
-    if name not in VARIANTS:
-        raise UserError(f"SigLIP variant {name!r} is unknown: {closest(name, VARIANTS)}")
-    config = VARIANTS[name]
-    towers = {
-        "img": pytree.replace_fields(config.img, "img", img or {}),
-        "txt": pytree.replace_fields(config.txt, "txt", txt or {}),
-    }
-    return pytree.replace_fields(config, "model", overrides | towers)
+    return pytree.vary(VARIANTS, name, "SigLIP", {"img": img, "txt": txt}, overrides)
 
 
 class MapHead(nnx.Module):

@@ -14,6 +14,7 @@ from etils import epath
 
 from deevisum_jax.convert import npz, tensors
 from deevisum_jax.errors import UserError
+from tests.checkpoint_files import BucketFile
 
 ARRAYS = {
     "params/img/pos_embedding": np.arange(24, dtype=np.float32).reshape(1, 4, 6) / 7,
@@ -50,21 +51,6 @@ def archive_of(path, content: bytes, name="a.npy") -> pathlib.Path:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(name, content)
     return path
-
-
-class BucketFile:
-    """As little as a client of a bucket may offer."""
-
-    def __init__(self, content: bytes):
-        stream = io.BytesIO(content)
-        self.read, self.seek, self.tell = stream.read, stream.seek, stream.tell
-        self.seekable = lambda: True
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
 
 
 @pytest.fixture

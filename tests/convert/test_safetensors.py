@@ -1,7 +1,6 @@
 """Safetensors both ways against the library, and all that can be wrong with a file or an index."""
 
 import concurrent.futures
-import io
 import json
 import pathlib
 import random
@@ -18,6 +17,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from deevisum_jax.convert import safetensors as st
 from deevisum_jax.convert import tensors
 from deevisum_jax.errors import UserError
+from tests.checkpoint_files import BucketFile
 
 ARRAYS = {
     "language_model.model.norm.weight": np.arange(5, dtype=ml_dtypes.bfloat16) / 3,
@@ -50,21 +50,6 @@ def as_torch(array: np.ndarray) -> torch.Tensor:
 def matrices(*num_rows: int) -> dict[str, np.ndarray]:
     """Arrays "0", "1" ... of so many kilobytes each."""
     return {str(i): np.full((n, 250), i, np.float32) for i, n in enumerate(num_rows)}
-
-
-class BucketFile:
-    """As little as a client of a bucket may offer."""
-
-    def __init__(self, content: bytes):
-        stream = io.BytesIO(content)
-        self.read, self.seek, self.tell = stream.read, stream.seek, stream.tell
-        self.seekable = lambda: True
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
 
 
 @pytest.fixture

@@ -242,7 +242,7 @@ def test_real_records_give_whole_rows(tiny_config, data_dir, tmp_path):
     config = tiny_config()
     records = datasets.Dataset("synthetic/tiny", str(data_dir)).split("validation")
     template = experiment.make_template(config, tmp_path)
-    tokens = experiment.make_tokenizer(config, tmp_path, template, records)
+    tokens = experiment.make_tokenizer(config, tmp_path, template, records, None)
     encoder = experiment.make_encoder(config, tokens, template, 28)
     source = experiment.make_source(config, records, encoder)
     [batch] = in_order(source, batch_size=10)
