@@ -291,7 +291,7 @@ class FromReleased:
 class FromWeights:
     """Converted weights: a released checkpoint in our own form; exit heads are drawn.
 
-    Orbax reads it faster than the release was read, each process what its devices hold.
+    Of many processes each reads what its devices hold; of a release each reads all.
     """
 
     folder: epath.Path  # it may have been copied into a bucket

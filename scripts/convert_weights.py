@@ -21,7 +21,7 @@ examples:
   python scripts/convert_weights.py --source downloads/paligemma2-3b-pt-448 --dry_run
 
 Then train with --config.initialization=weights/pt_3b_224. The source itself can be named there,
-too; what is converted once loads faster, on many hosts above all, each reading its own part.
+too, and loads sooner on one host; of converted weights each of many hosts reads its own part only.
 
 Exit status: 0 done, 2 a mistake in what was given (a message says which, and the next step).
 """

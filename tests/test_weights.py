@@ -426,3 +426,19 @@ def test_a_run_of_before_its_origin_was_noted_is_under_suspicion(run, tiny_confi
     config = tiny_config(f"initialization={tmp_path / 'gone'}", "model.exit_layers=(1, 2, 4)")
     config_lib.save(config, folder / "config.json")
     assert weights.open_source(str(folder)).start.origin == str(tmp_path / "gone")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("report.json", r"report\.json is no JSON .*; evaluate the run again"),
+        ("origin.json", r"origin\.json is no JSON .*; delete it"),
+    ],
+)
+def test_a_damaged_note_of_a_run_is_named(run, tmp_path, name, message):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    (folder / name).write_text("{half")
+    with pytest.raises(UserError, match=message):
+        weights.export_hf(weights.open_source(str(folder)), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
