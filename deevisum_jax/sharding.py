@@ -4,10 +4,14 @@ The model carries no sharding metadata. A parameter's path matches exactly one r
 which names the meaning of each of its dimensions (logical axes); `RULES` says over which mesh axes
 a logical axis is split. Mesh axes: `data` (replicas), `fsdp` (parameter shards), `tensor` (tensor
 parallelism). The batch is split over `data` and `fsdp` together.
+
+On a TPU `fsdp` is up to three mesh axes, one for each ring of the chips' torus that it spans:
+collectives over one ring at a time are native there (see `fsdp`).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +25,9 @@ from jax.sharding import PartitionSpec as P
 from deevisum_jax.errors import UserError
 from deevisum_jax.typing import Batch
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "tensor")  # as a config names them
+FSDP_AXES = ("fsdp", "fsdp_y", "fsdp_z")  # as the mesh does; all but the first may be 1
+BATCH_AXES = ("data", *FSDP_AXES)
 
 # Nested dictionary with arrays, abstract arrays or shardings as leaves.
 Tree = dict[str, Any]
@@ -35,7 +41,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "layers": (),
     "exits": (),
     "vocab": ("tensor",),
-    "embed": ("fsdp",),
+    "embed": FSDP_AXES,
     "mlp": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -45,7 +51,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "patch": (),
     "classes": (),
     # Activations. `embed` is taken by the parameters' shards, hence a name of its own.
-    "batch": ("data", "fsdp"),
+    "batch": BATCH_AXES,
     "lookup_batch": ("data",),  # of token embeddings that are still split over fsdp
     "seq": (),
     "act_embed": (),
@@ -121,14 +127,69 @@ def make_mesh(*, data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -
             f"mesh sizes {sizes} do not multiply to the number of devices, {len(devices)}; choose "
             "sizes that do, of which one may be -1 to take what is left"
         )
+    arranged = _on_torus(devices, *counts)
     # Auto: the compiler propagates shardings from the parameters and `constrain`. The default of
     # `jax.make_mesh` is Explicit, which would put shardings into every type.
+    axis_types = (AxisType.Auto,) * (len(BATCH_AXES) + 1)
+    if arranged is not None:
+        return Mesh(arranged, (*BATCH_AXES, "tensor"), axis_types=axis_types)
+    data, fsdp, tensor = counts
     return jax.make_mesh(
-        counts,
-        MESH_AXES,
-        axis_types=(AxisType.Auto,) * len(MESH_AXES),
+        (data, fsdp, 1, 1, tensor),
+        (*BATCH_AXES, "tensor"),
+        axis_types=axis_types,
         devices=devices,
     )
+
+
+def sizes(mesh: Mesh) -> dict[str, int]:
+    """Devices along `data`, `fsdp` and `tensor`, as a config counts them."""
+    fsdp = math.prod(mesh.shape[axis] for axis in FSDP_AXES)
+    return {"data": mesh.shape["data"], "fsdp": fsdp, "tensor": mesh.shape["tensor"]}
+
+
+def _on_torus(
+    devices: Sequence[jax.Device], data: int, fsdp: int, tensor: int
+) -> np.ndarray | None:
+    """Devices with whole rings of a TPU's torus along every mesh axis; None if it does not fit.
+
+    Slices come first and go to `data`, since they are joined by a slower network.
+    """
+    if not all(hasattr(device, "coords") for device in devices):
+        return None
+    places = [
+        (getattr(device, "slice_index", 0), *device.coords, device.core_on_chip)
+        for device in devices
+    ]
+    low = np.min(places, axis=0)
+    dims = np.max(places, axis=0) - low + 1
+    if math.prod(dims) != len(devices):
+        return None
+    grid = np.empty(dims, object)
+    for place, device in zip(places, devices, strict=True):
+        grid[tuple(place - low)] = device
+    rings = [dim for dim, size in enumerate(dims) if size > 1]
+    # The last rings first: cores of a chip and neighbours of a host are closest.
+    for tensor_rings in _choices(rings[::-1], dims, tensor):
+        left = [ring for ring in rings if ring not in tensor_rings]
+        for fsdp_rings in _choices(left[::-1], dims, fsdp):
+            if len(fsdp_rings) > len(FSDP_AXES):
+                continue
+            data_rings = [ring for ring in left if ring not in fsdp_rings]
+            split = [int(dims[ring]) for ring in sorted(fsdp_rings)]
+            order = (*data_rings, *sorted(fsdp_rings), *sorted(tensor_rings))
+            others = [dim for dim in range(grid.ndim) if dim not in order]
+            split += [1] * (len(FSDP_AXES) - len(split))
+            return grid.transpose(*order, *others).reshape(data, *split, tensor)
+    return None
+
+
+def _choices(rings: Sequence[int], dims: np.ndarray, size: int) -> Iterator[tuple[int, ...]]:
+    """Rings that together have `size` devices."""
+    for count in range(len(rings) + 1):
+        for chosen in itertools.combinations(rings, count):
+            if math.prod(int(dims[ring]) for ring in chosen) == size:
+                yield chosen
 
 
 def fitting_mesh(abstract_params: Tree, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -199,11 +260,11 @@ def validate(abstract_params: Tree, mesh: Mesh) -> None:
             if leaf.shape[dim] % split:
                 offenders.append(
                     f"{path} {leaf.shape}: {axis} = {leaf.shape[dim]} over "
-                    f"{' x '.join(RULES[axis])} = {split}"
+                    f"{RULES[axis][0]} = {split}"
                 )
     if offenders:
         raise UserError(
-            f"the mesh {dict(mesh.shape)} does not divide these parameters; choose sizes of fsdp "
+            f"the mesh {sizes(mesh)} does not divide these parameters; choose sizes of fsdp "
             "and tensor that do, and give the rest to data:\n  " + "\n  ".join(offenders)
         )
 
@@ -263,7 +324,7 @@ def check_batch(name: str, size: int, mesh: Mesh) -> None:
     Raises:
       UserError: `size` is no multiple of the devices along `data` and `fsdp`.
     """
-    split = mesh.shape["data"] * mesh.shape["fsdp"]
+    split = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if size % split:
         raise UserError(
             f"{name}={size} is not divisible by the mesh's data x fsdp = {split}; use a multiple "
@@ -283,7 +344,13 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(axes))
+    # Inside of `fsdp.per_device` the arrays are local: there is nothing to say of their batch.
+    free = [
+        tuple(axis for axis in RULES[name] if axis not in mesh.manual_axes) or None for name in axes
+    ]
+    if mesh.manual_axes and not any(free):
+        return x
+    return jax.lax.with_sharding_constraint(x, P(*free))
 
 
 def _name(path: tuple) -> str:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from deevisum_jax import losses, optim, sharding
+from deevisum_jax import fsdp, losses, optim, sharding
 from deevisum_jax.config import LossConfig
 from deevisum_jax.models import paligemma2
 from deevisum_jax.optim import Params
@@ -77,7 +77,14 @@ def compute_losses(
     # Text comes behind the image tokens, which have no target.
     pre_logits = outputs.pre_logits[:, -batch.tokens.shape[1] :]
     rows = jnp.take_along_axis(pre_logits, targets.positions[..., None], axis=1)
-    parts = {"loss/token": losses.token_cross_entropy(model.logits(rows), targets)}
+    parts = {
+        "loss/token": losses.token_cross_entropy(
+            rows,
+            model.llm.embedder.input_embedding[...],
+            targets,
+            logits_softcap=model.config.llm.final_logits_softcap,
+        )
+    }
     weights = {"loss/token": config.token}
     for x, (layer, weight) in enumerate(
         zip(exit_layers, exit_weights(config, exit_layers), strict=True)
@@ -102,7 +109,7 @@ def make_train_step(
     num_targets: int,
     accumulate_steps: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The update to be jitted by the caller, with its shardings and donation.
+    """The update, for `jit`.
 
     `num_targets` is the most tokens that the token loss counts in one example.
 
@@ -117,24 +124,34 @@ def make_train_step(
         total = sum(weights[name] * mean for name, mean in means.items())
         return total, means | {"loss/total": total}
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        counts = _counts(batch, model_config.exit_layers)
+    def grads_of(params: Params, frozen: Params, batch: Batch) -> tuple[Params, Metrics]:
+        """Of every device's own rows, summed over devices; each keeps its shard."""
+        counts = fsdp.total(_counts(batch, model_config.exit_layers))
         grad_fn = jax.grad(loss_fn, has_aux=True)
         if accumulate_steps == 1:
-            grads, metrics = grad_fn(state.params, state.frozen, batch, counts)
+            grads, metrics = grad_fn(params, frozen, batch, counts)
         else:
 
             def add(total, microbatch):
-                part = grad_fn(state.params, state.frozen, microbatch, counts)
+                part = grad_fn(params, frozen, microbatch, counts)
                 return jax.tree.map(jnp.add, total, part), None
 
             microbatches = jax.tree.map(lambda a: _split(a, accumulate_steps), batch)
             first = jax.tree.map(lambda a: a[0], microbatches)
             zeros = jax.tree.map(
                 lambda a: jnp.zeros(a.shape, a.dtype),
-                jax.eval_shape(grad_fn, state.params, state.frozen, first, counts),
+                jax.eval_shape(grad_fn, params, frozen, first, counts),
             )
             (grads, metrics), _ = jax.lax.scan(add, zeros, microbatches)
+        return fsdp.sum_gradients(grads), fsdp.total(metrics)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        specs = fsdp.param_specs(state.params)
+        grads, metrics = fsdp.per_device(
+            grads_of,
+            in_specs=(specs, fsdp.param_specs(state.frozen), fsdp.BATCH_SPEC),
+            out_specs=(specs, fsdp.WHOLE),
+        )(state.params, state.frozen, batch)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics |= {
@@ -148,6 +165,27 @@ def make_train_step(
         return new_state, metrics
 
     return train_step
+
+
+def jit(
+    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
+    shardings: TrainState,
+    mesh: jax.sharding.Mesh,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The compiled update, which takes its state over; what a run trains with and a plan compiles.
+
+    Args:
+      step: of `make_train_step`.
+      shardings: of `state_shardings`.
+      mesh: the current one, `jax.set_mesh(mesh)`.
+    """
+    return jax.jit(
+        step,
+        in_shardings=(shardings, sharding.batch_sharding(mesh)),
+        out_shardings=(shardings, None),
+        donate_argnums=0,
+        compiler_options=fsdp.compiler_options(mesh),
+    )
 
 
 def _counts(batch: Batch, exit_layers: tuple[int, ...]) -> dict[str, Array]:
@@ -165,5 +203,5 @@ def _counted(batch: Batch) -> Array:
 
 
 def _split(a: Array, parts: int) -> Array:
-    """`[B, ...] -> [parts, B / parts, ...]`, strided so that no row changes its device."""
+    """`[B, ...] -> [parts, B / parts, ...]`, strided: the same microbatches on any mesh."""
     return a.reshape(a.shape[0] // parts, parts, *a.shape[1:]).swapaxes(0, 1)

@@ -71,7 +71,7 @@ def test_an_unknown_parameter_is_named():
 def test_large_weights_are_split_and_small_ones_are_whole():
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     specs = jax.tree.map(lambda s: s.spec, sharding.param_shardings(abstract_params(CONFIG), mesh))
-    tensor, fsdp = ("tensor",), ("fsdp",)
+    tensor, fsdp = ("tensor",), sharding.FSDP_AXES
     attn, mlp = specs["llm"]["layers"]["attn"], specs["llm"]["layers"]["mlp"]
     assert specs["llm"]["embedder"]["input_embedding"] == P(tensor, fsdp)
     assert attn["q_einsum"]["w"] == P(None, tensor, fsdp, None)
@@ -81,7 +81,7 @@ def test_large_weights_are_split_and_small_ones_are_whole():
     assert mlp["linear"] == P(None, tensor, fsdp)
     assert specs["llm"]["final_norm"]["scale"] == P(None)
     assert specs["img"]["embedding"]["kernel"] == P(None, None, None, None)
-    assert sharding.batch_sharding(mesh).spec == P(("data", "fsdp"))
+    assert sharding.batch_sharding(mesh).spec == P(sharding.BATCH_AXES)
 
 
 def test_a_mesh_that_does_not_divide_names_all_offenders():
@@ -110,7 +110,7 @@ def test_mesh_sizes_are_checked(sizes, message):
 
 
 def test_what_is_left_goes_to_fsdp():
-    assert dict(sharding.make_mesh(tensor=2).shape) == {"data": 1, "fsdp": 4, "tensor": 2}
+    assert sharding.sizes(sharding.make_mesh(tensor=2)) == {"data": 1, "fsdp": 4, "tensor": 2}
 
 
 @pytest.mark.parametrize(
@@ -119,13 +119,55 @@ def test_what_is_left_goes_to_fsdp():
 def test_parameters_are_split_over_as_many_devices_as_divide_them(count, data, fsdp):
     shapes = abstract_params(get_config("paligemma2_3b"))
     mesh = sharding.fitting_mesh(shapes, jax.devices()[:count])
-    assert dict(mesh.shape) == {"data": data, "fsdp": fsdp, "tensor": 1}
+    assert sharding.sizes(mesh) == {"data": data, "fsdp": fsdp, "tensor": 1}
 
 
 def test_six_devices_hold_three_pairs_of_the_tiny_model():
     shapes = abstract_params(get_config("tiny"))  # widths 16 and 32
     mesh = sharding.fitting_mesh(shapes, jax.devices()[:6])
-    assert dict(mesh.shape) == {"data": 3, "fsdp": 2, "tensor": 1}
+    assert sharding.sizes(mesh) == {"data": 3, "fsdp": 2, "tensor": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A TPU as far as its place tells."""
+
+    coords: tuple[int, ...]
+    slice_index: int = 0
+    core_on_chip: int = 0
+
+
+def slice_of(*dims, slice_index=0):
+    return [Chip(place[::-1], slice_index) for place in np.ndindex(*dims[::-1])]
+
+
+@pytest.mark.parametrize(
+    ("devices", "sizes", "shape"),
+    [
+        (slice_of(4, 4, 1), {}, (1, 4, 4, 1, 1)),
+        (slice_of(2, 4, 4), {}, (1, 2, 4, 4, 1)),
+        (slice_of(2, 4, 4), {"tensor": 4}, (1, 2, 4, 1, 4)),
+        (slice_of(2, 4, 4), {"data": 2}, (2, 4, 4, 1, 1)),
+        (slice_of(4, 4, 1), {"data": -1, "fsdp": 1}, (16, 1, 1, 1, 1)),
+        # Two slices: copies of the parameters, not parts, are on either side of the network.
+        (slice_of(4, 4, 1) + slice_of(4, 4, 1, slice_index=1), {"data": 2}, (2, 4, 4, 1, 1)),
+    ],
+)
+def test_every_mesh_axis_is_made_of_whole_rings_of_a_torus(devices, sizes, shape):
+    mesh = sharding.make_mesh(**sizes, devices=devices)
+    assert mesh.devices.shape == shape
+    places = [(chip.slice_index, *chip.coords) for chip in mesh.devices.flat]
+    places = np.array(places).reshape(*shape, 4)
+    for axis in (1, 2, 3, 4):  # the rings of fsdp, and tensor
+        moved = np.diff(places, axis=axis) != 0
+        if shape[axis] > 1:  # along it one coordinate changes, always the same one
+            assert moved.any(axis=tuple(range(moved.ndim - 1))).sum() == 1
+
+
+def test_devices_that_fill_no_torus_are_not_taken_for_one():
+    assert sharding._on_torus(slice_of(4, 4, 1)[:10], 1, 10, 1) is None
+    assert sharding._on_torus(slice_of(4, 4, 1), 1, 8, 2) is None  # half a ring
+    assert sharding._on_torus(jax.devices(), 1, 8, 1) is None  # no TPU
 
 
 def test_abstract_arrays_say_where_they_will_live():
@@ -168,7 +210,7 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(capfd):
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), jax.device_get(got), want
     )
     linear = got["llm"]["layers"]["mlp"]["linear"]
-    assert linear.sharding.spec == P(None, ("tensor",), ("fsdp",))
+    assert linear.sharding.spec == P(None, ("tensor",), sharding.FSDP_AXES)
     assert linear.addressable_shards[0].data.shape == (4, 64 // 2, 32 // 2)
 
 

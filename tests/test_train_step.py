@@ -94,9 +94,10 @@ def test_accumulation_gives_the_unsplit_gradient(plain, params):
     expected, expected_metrics = gradient(plain, params, batch)
     found, metrics = gradient(step_fn(accumulate_steps=4), params, batch)
     scale = optax.tree.norm(expected, ord=jnp.inf)
+    # In float32 either is within 2.1e-6 of the gradient in float64.
     for path, leaf in flatten_dict(found, sep="/").items():
         np.testing.assert_allclose(
-            leaf / scale, flatten_dict(expected, sep="/")[path] / scale, atol=1e-6, err_msg=path
+            leaf / scale, flatten_dict(expected, sep="/")[path] / scale, atol=4.2e-6, err_msg=path
         )
     for name, value in metrics.items():
         np.testing.assert_allclose(value, expected_metrics[name], rtol=1e-5, err_msg=name)
@@ -190,6 +191,6 @@ def test_moments_live_beside_their_parameters():
     moments = optax.tree.get(where.opt_state, "mu")
     assert flatten_dict(moments) == flatten_dict(where.params)
     embedding = where.params["llm"]["embedder"]["input_embedding"]
-    assert embedding.spec == jax.sharding.PartitionSpec(("tensor",), ("fsdp",))
+    assert embedding.spec == jax.sharding.PartitionSpec(("tensor",), sharding.FSDP_AXES)
     assert where.step.spec == jax.sharding.PartitionSpec()
     assert set(where.frozen) == {"img"}

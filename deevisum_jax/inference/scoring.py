@@ -9,7 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import PartitionSpec as P
 
+from deevisum_jax import fsdp
 from deevisum_jax.errors import UserError
 from deevisum_jax.models import paligemma2
 from deevisum_jax.sharding import batch_sharding, place_batch
@@ -27,10 +29,25 @@ class SegmentScores:
 def make_score_fn(
     config: paligemma2.PaliGemma2Config, param_shardings: Any, mesh: jax.sharding.Mesh
 ) -> Callable[[paligemma2.Params, Batch], ExitScores]:
-    """The compiled scoring pass: one prefill, no token is generated."""
+    """The compiled scoring pass: one prefill, no token is generated.
+
+    Args:
+      config: of the model.
+      param_shardings: where its parameters are.
+      mesh: the current one, `jax.set_mesh(mesh)`.
+    """
+
+    def score(params: paligemma2.Params, batch: Batch) -> ExitScores:
+        return fsdp.per_device(
+            lambda params, batch: paligemma2.bind(config, params).score(batch),
+            in_specs=(fsdp.param_specs(params), fsdp.BATCH_SPEC),
+            out_specs=P(None, *fsdp.BATCH_SPEC),  # exits in front
+        )(params, batch)
+
     return jax.jit(
-        lambda params, batch: paligemma2.bind(config, params).score(batch),
+        score,
         in_shardings=(param_shardings, batch_sharding(mesh)),
+        compiler_options=fsdp.compiler_options(mesh),
     )
 
 
@@ -49,8 +66,12 @@ def score_videos(
     rows: dict[int, list[tuple[int, np.ndarray, np.ndarray]]] = {}
     for fields in batches:
         batch = place_batch(fields, mesh)
-        scores, video_id, segment, valid = multihost_utils.process_allgather(
-            (score_fn(batch), batch.video_id, batch.segment, batch.valid), tiled=True
+        found = (score_fn(batch), batch.video_id, batch.segment, batch.valid)
+        # A process may also score alone, on its own devices.
+        scores, video_id, segment, valid = (
+            multihost_utils.process_allgather(found, tiled=True)
+            if mesh.is_multi_process
+            else jax.device_get(found)
         )
         importance = np.asarray(jax.nn.sigmoid(scores.importance))
         summary_prob = np.asarray(jax.nn.softmax(scores.class_logits)[..., 1])

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from deevisum_jax import fsdp
 from deevisum_jax.errors import UserError
 from deevisum_jax.models import layers
 from deevisum_jax.sharding import constrain
@@ -79,6 +80,13 @@ class KVCache:
     end_index: Array  # int32[], the next free slot, the same for all rows
 
 
+class Weight(nnx.Module):
+    """One weight called `w`, as big_vision names it."""
+
+    def __init__(self, shape: tuple[int, ...], *, fan_in: int, param_dtype: str, rngs: nnx.Rngs):
+        self.w = layers.fan_in_init(rngs, shape, fan_in, param_dtype)
+
+
 class Attention(nnx.Module):
     """Grouped-query attention with RoPE and capped logits."""
 
@@ -87,9 +95,9 @@ class Attention(nnx.Module):
         kwargs = {"param_dtype": param_dtype, "rngs": rngs}
         self.logits_softcap = config.attn_logits_softcap
         self.query_scale = config.query_pre_attn_scalar**-0.5
-        self.q_einsum = layers.Einsum("BTD,NDH->BTNH", (N, D, H), fan_in=D, **kwargs)
-        self.kv_einsum = layers.Einsum("BSD,CKDH->CBSKH", (2, K, D, H), fan_in=D, **kwargs)
-        self.attn_vec_einsum = layers.Einsum("BTNH,NHD->BTD", (N, H, D), fan_in=N * H, **kwargs)
+        self.q_einsum = Weight((N, D, H), fan_in=D, **kwargs)
+        self.kv_einsum = Weight((2, K, D, H), fan_in=D, **kwargs)
+        self.attn_vec_einsum = Weight((N, H, D), fan_in=N * H, **kwargs)
 
     def __call__(
         self,
@@ -109,9 +117,13 @@ class Attention(nnx.Module):
         Returns:
           float[B, T, D], and k and v with the new rows (None without a cache).
         """
-        q = layers.rope(self.q_einsum(x), positions)
+        q = layers.from_embed(x, self.q_einsum.w[...], "heads", "embed", "head_dim")
+        q = layers.rope(q, positions)
         q = q * jnp.asarray(self.query_scale, q.dtype)
-        k, v = self.kv_einsum(x)
+        k, v = (
+            layers.from_embed(x, self.kv_einsum.w[half], "kv_heads", "embed", "head_dim")
+            for half in range(2)
+        )
         k = layers.rope(k, positions)
         if cached is not None:
             cached_k, cached_v, start = cached
@@ -119,7 +131,8 @@ class Attention(nnx.Module):
             v = jax.lax.dynamic_update_slice_in_dim(cached_v, v.astype(cached_v.dtype), start, 1)
             cached = (k, v)
         out = layers.attend(q, k.astype(x.dtype), v.astype(x.dtype), mask, self.logits_softcap)
-        return self.attn_vec_einsum(out), cached
+        out = layers.to_embed(out, self.attn_vec_einsum.w[...], "heads", "head_dim", "embed")
+        return out, cached
 
 
 class FeedForward(nnx.Module):
@@ -131,10 +144,10 @@ class FeedForward(nnx.Module):
         self.linear = layers.fan_in_init(rngs, (F, D), fan_in=F, dtype=param_dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate_up = self.gating_einsum[...].astype(x.dtype)
-        gate = jax.nn.gelu(jnp.einsum("BTD,DF->BTF", x, gate_up[0]), approximate=True)
-        up = jnp.einsum("BTD,DF->BTF", x, gate_up[1])
-        return jnp.einsum("BTF,FD->BTD", gate * up, self.linear[...].astype(x.dtype))
+        gate, up = (
+            layers.from_embed(x, self.gating_einsum[half], "embed", "mlp") for half in range(2)
+        )
+        return layers.to_embed(layers.gated_gelu(gate, up), self.linear[...], "mlp", "embed")
 
 
 class Block(nnx.Module):
@@ -177,14 +190,8 @@ class Embedder(nnx.Module):
 
     def encode(self, tokens: Array, dtype: str) -> jax.Array:
         """int32[B, T] -> float[B, T, D], times sqrt(D) rounded to `dtype` as the authors do."""
-        table = self.input_embedding[...]
-        x = jnp.take(table, tokens, axis=0, mode="clip").astype(dtype)
-        # The table's rows are split over fsdp, and so is what is looked up in it, until one
-        # all-to-all hands each device its rows of the batch. Without this stop the compiler
-        # replicates the gradient on its way back ("Involuntary full rematerialization").
-        x = constrain(x, "lookup_batch", "seq", "embed")
-        x = x * jnp.asarray(table.shape[1] ** 0.5, dtype)
-        return constrain(x, "batch", "seq", "act_embed")
+        x = fsdp.lookup(self.input_embedding[...], tokens, dtype)
+        return x * jnp.asarray(x.shape[-1] ** 0.5, dtype)
 
     def decode(self, pre_logits: jax.Array) -> jax.Array:
         """float[..., D] -> float32[..., V]."""

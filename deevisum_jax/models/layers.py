@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deevisum_jax import fsdp
 from deevisum_jax.errors import UserError, closest
 from deevisum_jax.typing import Array
 
@@ -49,6 +50,24 @@ def zeros(shape: tuple[int, ...], dtype: str) -> nnx.Param:
 def softcap(x: jax.Array, cap: float) -> jax.Array:
     """`cap * tanh(x / cap)`, smoothly within ±cap; 0 means no cap. Keeps order."""
     return cap * jnp.tanh(x / cap) if cap else x
+
+
+@jax.custom_vjp
+def gated_gelu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """`gelu(gate) * up` with the tanh approximation, in the dtype of `gate`."""
+    return jax.nn.gelu(gate, approximate=True) * up
+
+
+def _gated_gelu_bwd(
+    kept: tuple[jax.Array, jax.Array], grad: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    _, vjp = jax.vjp(lambda gate, up: jax.nn.gelu(gate, approximate=True) * up, *kept)
+    # Each is read by two matrix products. Without the barrier a TPU's compiler computes them anew
+    # within each one, which then waits for the vector unit.
+    return jax.lax.optimization_barrier(vjp(grad))
+
+
+gated_gelu.defvjp(lambda gate, up: (gated_gelu(gate, up), (gate, up)), _gated_gelu_bwd)
 
 
 def rope(x: jax.Array, positions: Array, base: float = 10_000.0) -> jax.Array:
@@ -152,43 +171,66 @@ class LayerNorm(nnx.Module):
         return out.astype(x.dtype)
 
 
-class Projection(nnx.Module):
-    """An einsum with a kernel, then a bias over the output's last dimensions.
+def from_embed(x: jax.Array, weight: Array, *axes: str) -> jax.Array:
+    """Contracts the model's width with a weight's dimension `embed`.
 
     Args:
-      eqn: einsum of input and kernel, for instance `"BTD,DNH->BTNH"`.
+      x: float[..., D].
+      weight: a parameter, cast to the dtype of `x`.
+      *axes: logical axes of the weight; see `fsdp.matrix`.
+
+    Returns:
+      float[..., *others], the weight's other dimensions in order.
+    """
+    others = [size for size, axis in zip(weight.shape, axes, strict=True) if axis != "embed"]
+    y = jnp.einsum("...D,DE->...E", x, fsdp.matrix(weight, *axes, dtype=x.dtype))
+    return y.reshape(*y.shape[:-1], *others)
+
+
+def to_embed(x: jax.Array, weight: Array, *axes: str) -> jax.Array:
+    """The way back: contracts all of a weight's dimensions but `embed`.
+
+    Args:
+      x: float[..., *others], the weight's other dimensions in order.
+      weight: a parameter, cast to the dtype of `x`.
+      *axes: logical axes of the weight; see `fsdp.matrix`.
+
+    Returns:
+      float[..., D].
+    """
+    x = x.reshape(*x.shape[: x.ndim - len(axes) + 1], -1)
+    return jnp.einsum("...E,DE->...D", x, fsdp.matrix(weight, *axes, dtype=x.dtype))
+
+
+class Projection(nnx.Module):
+    """Contracts the last dimensions of its input with the first of a kernel, and adds a bias.
+
+    Args:
       inputs: the kernel's contracted dimensions, in front.
       outputs: the kernel's other dimensions, and the bias's.
+      axes: logical axes of the kernel, as in `sharding.PARAM_AXES`. `embed` is all of the inputs or
+        all of the outputs, if it is among them.
       param_dtype: storage dtype.
       rngs: stream `params`.
     """
 
     def __init__(
         self,
-        eqn: str,
         inputs: tuple[int, ...],
         outputs: tuple[int, ...],
         *,
+        axes: tuple[str, ...],
         param_dtype: str,
         rngs: nnx.Rngs,
     ):
-        self.eqn = eqn
+        self.axes = axes
         self.kernel = fan_in_init(rngs, (*inputs, *outputs), math.prod(inputs), param_dtype)
         self.bias = zeros(outputs, param_dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel, bias = self.kernel[...].astype(x.dtype), self.bias[...].astype(x.dtype)
-        return jnp.einsum(self.eqn, x, kernel) + bias
-
-
-class Einsum(nnx.Module):
-    """An einsum with one weight `w` and no bias."""
-
-    def __init__(
-        self, eqn: str, shape: tuple[int, ...], *, fan_in: int, param_dtype: str, rngs: nnx.Rngs
-    ):
-        self.eqn = eqn
-        self.w = fan_in_init(rngs, shape, fan_in, param_dtype)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return jnp.einsum(self.eqn, x, self.w[...].astype(x.dtype))
+        kernel, bias = self.kernel[...], self.bias[...].astype(x.dtype)
+        if self.axes[0] == "embed":
+            return from_embed(x, kernel, *self.axes) + bias
+        if self.axes[-1] == "embed":
+            return to_embed(x, kernel, *self.axes) + bias
+        return jnp.tensordot(x, kernel.astype(x.dtype), kernel.ndim - bias.ndim) + bias

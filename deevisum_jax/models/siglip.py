@@ -92,10 +92,11 @@ class Attention(nnx.Module):
     def __init__(self, config: EncoderConfig, *, param_dtype: str, rngs: nnx.Rngs):
         D, N, H = config.width, config.num_heads, config.head_dim
         kwargs = {"param_dtype": param_dtype, "rngs": rngs}
-        self.query = layers.Projection("BTD,DNH->BTNH", (D,), (N, H), **kwargs)
-        self.key = layers.Projection("BSD,DNH->BSNH", (D,), (N, H), **kwargs)
-        self.value = layers.Projection("BSD,DNH->BSNH", (D,), (N, H), **kwargs)
-        self.out = layers.Projection("BTNH,NHD->BTD", (N, H), (D,), **kwargs)
+        inwards = {"axes": ("embed", "heads", "head_dim"), **kwargs}
+        self.query = layers.Projection((D,), (N, H), **inwards)
+        self.key = layers.Projection((D,), (N, H), **inwards)
+        self.value = layers.Projection((D,), (N, H), **inwards)
+        self.out = layers.Projection((N, H), (D,), axes=("heads", "head_dim", "embed"), **kwargs)
 
     def __call__(self, x: jax.Array, seen: jax.Array) -> jax.Array:
         """float[B, T, D] that look at float[B, S, D], of the width that went in."""
@@ -110,8 +111,8 @@ class Mlp(nnx.Module):
     def __init__(self, config: EncoderConfig, *, param_dtype: str, rngs: nnx.Rngs):
         D, F = config.width, config.mlp_dim
         kwargs = {"param_dtype": param_dtype, "rngs": rngs}
-        self.fc1 = layers.Projection("BTD,DF->BTF", (D,), (F,), **kwargs)
-        self.fc2 = layers.Projection("BTF,FD->BTD", (F,), (D,), **kwargs)
+        self.fc1 = layers.Projection((D,), (F,), axes=("embed", "mlp"), **kwargs)
+        self.fc2 = layers.Projection((F,), (D,), axes=("mlp", "embed"), **kwargs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.fc2(jax.nn.gelu(self.fc1(x), approximate=True))
@@ -163,7 +164,11 @@ class ImageEncoder(nnx.Module):
         D, p = config.width, config.patch_size
         self.patch_size = p
         self.embedding = layers.Projection(
-            "BhpwqC,pqCD->BhwD", (p, p, 3), (D,), param_dtype=param_dtype, rngs=rngs
+            (p, p, 3),
+            (D,),
+            axes=("patch", "patch", "patch", "norm"),
+            param_dtype=param_dtype,
+            rngs=rngs,
         )
         self.pos_embedding = layers.fan_in_init(
             rngs, (1, config.num_patches, D), fan_in=D, dtype=param_dtype
@@ -186,7 +191,7 @@ class ImageEncoder(nnx.Module):
         rows, columns = height // p, width // p
         # A convolution whose stride is its kernel is one matrix product per patch.
         patches = pixels[:, : rows * p, : columns * p].reshape(B, rows, p, columns, p, C)
-        x = self.embedding(patches)
+        x = self.embedding(patches.swapaxes(2, 3))
         x = x.reshape(B, -1, x.shape[-1])
         x = x + self.pos_embedding[...].astype(x.dtype)
         return self.Transformer(x, remat_policy=remat_policy)
@@ -205,7 +210,11 @@ class Siglip(ImageEncoder):
     def __init__(self, config: SiglipConfig, *, out_width: int, param_dtype: str, rngs: nnx.Rngs):
         super().__init__(config, param_dtype=param_dtype, rngs=rngs)
         self.head = layers.Projection(
-            "BPD,DE->BPE", (config.width,), (out_width,), param_dtype=param_dtype, rngs=rngs
+            (config.width,),
+            (out_width,),
+            axes=("norm", "embed"),
+            param_dtype=param_dtype,
+            rngs=rngs,
         )
 
     def __call__(self, pixels: jax.Array, *, remat_policy: str | None = None) -> jax.Array:

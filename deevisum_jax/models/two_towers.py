@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deevisum_jax import fsdp
 from deevisum_jax.errors import UserError
 from deevisum_jax.models import layers, pytree
 from deevisum_jax.models.pytree import Params
@@ -163,11 +164,7 @@ class TokenTable(nnx.Module):
 
     def __call__(self, tokens: Array, dtype: str) -> jax.Array:
         """int32[B, T] -> float[B, T, D]."""
-        x = jnp.take(self.embedding[...], tokens, axis=0, mode="clip").astype(dtype)
-        # As in the language model's table: what is looked up is split like the table's columns
-        # first, which spares the compiler from replicating it.
-        x = constrain(x, "lookup_batch", "seq", "embed")
-        return constrain(x, "batch", "seq", "act_embed")
+        return fsdp.lookup(self.embedding[...], tokens, dtype)
 
 
 class TextTower(nnx.Module):
@@ -181,7 +178,7 @@ class TextTower(nnx.Module):
             rngs, (1, config.text_len, D), fan_in=D, dtype=param_dtype
         )
         self.Transformer = Transformer(config, **kwargs)
-        self.head = layers.Projection("BD,DE->BE", (D,), (out_width,), **kwargs)
+        self.head = layers.Projection((D,), (out_width,), axes=("norm", "embed"), **kwargs)
 
     def __call__(self, tokens: Array, *, dtype: str, remat_policy: str | None = None) -> jax.Array:
         """int32[B, T] -> float[B, E], not normalised."""

@@ -98,5 +98,5 @@ def test_batches_are_split_over_data_and_fsdp():
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     [fields, _] = pipeline.in_order(Segments(), batch_size=4)
     batch = sharding.place_batch(fields, mesh)
-    assert batch.tokens.sharding.spec == jax.sharding.PartitionSpec(("data", "fsdp"))
+    assert batch.tokens.sharding.spec == jax.sharding.PartitionSpec(sharding.BATCH_AXES)
     np.testing.assert_array_equal(batch.tokens, fields["tokens"])
