@@ -1,8 +1,8 @@
 """Full fine-tuning of PaliGemma 2 3B with four exits, on 16 chips of a TPU v5e or more alike.
 
 Parameters, gradients and AdamW's moments are float32, 48 GB in all, split over the chips; the
-compiled step wants 6.2 GiB of each of 16 (docs/RESULTS.md). Weights: docs/WEIGHTS.md. Learning
-rate, decay and schedule are those of big_vision's transfers (its `forkme.py`).
+compiled step wants 5.9 GiB of each of 16 (docs/TPU.md). Weights: docs/WEIGHTS.md. Learning rate,
+decay and schedule are those of big_vision's transfers (its `forkme.py`).
 """
 
 import ml_collections
@@ -26,7 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "variant": "paligemma2_3b",
                 "exit_layers": (8, 13, 18, 26),
                 "dtype": "bfloat16",
-                "remat_policy": "nothing_saveable",
+                "remat_policy": "dots_with_no_batch_dims_saveable",
             },
             "optim": {
                 "learning_rate": 1e-5,

@@ -19,9 +19,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
+from etils import epath
 
 from deevisum_jax.errors import UserError, closest
-from deevisum_jax.files import write_whole
+from deevisum_jax.files import open_binary, write_whole
 from deevisum_jax.typing import INPUTS, RESIZES
 
 FROM_SCRATCH = "from_scratch"
@@ -75,7 +76,10 @@ class ModelConfig:
     exit_layers: tuple[int, ...]  # layers after which an exit head sits, increasing, last = depth
     dtype: str = "float32"  # compute; "bfloat16" on TPU
     param_dtype: str = "float32"  # storage
-    remat_policy: str | None = "nothing_saveable"  # jax.checkpoint_policies, None keeps everything
+    # What the backward pass does not compute again: a key of models.layers.REMAT_POLICIES. In the
+    # order of memory and speed: nothing_saveable, outputs_saveable,
+    # dots_with_no_batch_dims_saveable, None (keeps everything).
+    remat_policy: str | None = "nothing_saveable"
     # None: as the weights in `initialization` were trained; from scratch as the variant is.
     image_size: int | None = None  # pixels; position embeddings are resampled to it
     final_logits_softcap: float | None = None  # 0 = none, as big_vision; 30 = as Hugging Face
@@ -260,20 +264,21 @@ def _literal(text: str) -> Any:
         return text
 
 
-def save(config: Config, path: pathlib.Path) -> None:
+def save(config: Config, path: epath.Path) -> None:
     """Writes `config` as JSON."""
     write_whole(path, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
 
 
-def load(path: pathlib.Path) -> Config:
+def load(path: epath.Path) -> Config:
     """The `Config` that `save` wrote.
 
     Raises:
       UserError: the file is missing or is no config of this version.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        with open_binary(path) as stream:
+            values = json.loads(stream.read())
+    except ValueError as error:  # a UserError is one
         raise UserError(
             f"{path} is not the config of a run ({error}); give the workdir of a finished run"
         ) from None

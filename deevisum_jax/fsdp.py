@@ -3,8 +3,8 @@
 Left to itself the compiler reduces whole gradients over all chips (twice the bytes of a
 reduce-scatter) and gathers weights once per use. Inside of `per_device` a function sees what one
 device holds: its rows of the batch and its shards of the parameters. `matrix` makes a weight whole
-in the compute dtype, and its gradient comes back as a shard. Outside of `per_device` these functions
-move nothing, so that a model is written once.
+in the compute dtype, and its gradient comes back as a shard. Outside of `per_device` these
+functions move nothing (or leave it to the compiler), so that a model is written once.
 
 The axis `tensor` stays with the compiler.
 """
@@ -23,6 +23,9 @@ from jax.sharding import PartitionSpec as P
 
 from deevisum_jax.sharding import BATCH_AXES, FSDP_AXES, RULES, constrain, logical_axes
 from deevisum_jax.typing import Array
+
+# Chips that libtpu 0.0.42 has a gather of its own for, over several rings, of whatever size.
+_GATHERED_AT_ONCE = 32
 
 
 def per_device(fn: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
@@ -118,11 +121,12 @@ def matrix(weight: Array, *axes: str, dtype: Any) -> Array:
 
 @jax.custom_vjp
 def _gather(shard: Array) -> Array:
-    # A matrix that is split along its rows, ring by ring: over one ring of chips the compiler has a
-    # gather and a scatter of its own. Over a whole slice it falls back to an all-reduce, and of
-    # arrays of more dimensions, or split otherwise, it makes copies.
-    for axis, _ in reversed(_axes()):
-        shard = jax.lax.all_gather(shard, axis, axis=0, tiled=True)
+    # A matrix that is split along its rows: of arrays of more dimensions, or split otherwise, the
+    # compiler makes copies. Over as many rings at once as it has a gather for; over more chips it
+    # falls back to an all-reduce.
+    for group in _rings(_axes()[::-1], at_once=_GATHERED_AT_ONCE):
+        names = tuple(axis for axis, _ in reversed(group))
+        shard = jax.lax.all_gather(shard, names, axis=0, tiled=True)
     return shard
 
 
@@ -133,12 +137,23 @@ def _gather_fwd(shard: Array) -> tuple[Array, None]:
 def _gather_bwd(_: None, grad: Array) -> tuple[Array]:
     for axis, size in _axes():
         grad = grad.reshape(size, grad.shape[0] // size, *grad.shape[1:])
-        # Untiled: a tiled one becomes an all-reduce over rings of four.
+        # Untiled, and ring by ring: otherwise a scatter becomes an all-reduce.
         grad = jax.lax.psum_scatter(grad, axis, scatter_dimension=0, tiled=False)
     return (grad,)
 
 
 _gather.defvjp(_gather_fwd, _gather_bwd)
+
+
+def _rings(axes: list[tuple[str, int]], at_once: int) -> list[list[tuple[str, int]]]:
+    """Neighbouring axes in groups of at most `at_once` devices."""
+    groups: list[list[tuple[str, int]]] = []
+    for axis, size in axes:
+        if groups and size * math.prod(n for _, n in groups[-1]) <= at_once:
+            groups[-1].append((axis, size))
+        else:
+            groups.append([(axis, size)])
+    return groups
 
 
 def lookup(table: Array, tokens: Array, dtype: Any) -> Array:

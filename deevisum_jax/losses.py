@@ -103,7 +103,8 @@ def _vocab_cross_entropy_fwd(
     def over_shard(_: None, chunk: tuple[Array, Array]) -> tuple[None, tuple[Array, ...]]:
         x, token = chunk
         logits = _vocab_logits(x, table, first, vocab_size, cap)
-        largest = logits.max(axis=-1)
+        # Finite, too, where a device has nothing of the vocabulary: its sum is then 0, no NaN.
+        largest = jnp.maximum(logits.max(axis=-1), jnp.finfo(jnp.float32).min)
         own = token - first  # place of the target, if it is among this device's
         inside = (own >= 0) & (own < table.shape[0])
         at_target = jnp.take_along_axis(logits, own[:, None], axis=1, mode="clip")[:, 0]

@@ -1,9 +1,9 @@
 """Where arrays live: mesh axes, and the one table from a parameter's path to its axes.
 
-The model carries no sharding metadata. A parameter's path matches exactly one row of `PARAM_AXES`,
-which names the meaning of each of its dimensions (logical axes); `RULES` says over which mesh axes
-a logical axis is split. Mesh axes: `data` (replicas), `fsdp` (parameter shards), `tensor` (tensor
-parallelism). The batch is split over `data` and `fsdp` together.
+A parameter's path matches exactly one row of `PARAM_AXES`, which names the meaning of each of its
+dimensions (logical axes); `RULES` says over which mesh axes a logical axis is split. The model
+names the same axes where it gathers a weight. Mesh axes: `data` (replicas), `fsdp` (parameter
+shards), `tensor` (tensor parallelism). The batch is split over `data` and `fsdp` together.
 
 On a TPU `fsdp` is up to three mesh axes, one for each ring of the chips' torus that it spans:
 collectives over one ring at a time are native there (see `fsdp`).

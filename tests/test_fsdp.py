@@ -40,6 +40,33 @@ def on(mesh, fn, in_specs, out_specs, *args):
         return jax.jit(lambda *args: fsdp.per_device(fn, in_specs, out_specs)(*args))(*args)
 
 
+def test_the_axes_that_the_model_gathers_by_are_those_of_the_table(monkeypatch):
+    """Every weight that a step gathers, against its row of `sharding.PARAM_AXES`."""
+    rows = {axes for _, axes in sharding.PARAM_AXES}
+    # Halves of a pair, and layers of a stack, are gathered one at a time.
+    rows |= {tuple(a for a in axes if a not in ("layers", "qkv")) for axes in rows}
+    seen = set()
+    matrix = fsdp.matrix
+
+    def spy(weight, *axes, dtype):
+        seen.add(axes)
+        return matrix(weight, *axes, dtype=dtype)
+
+    monkeypatch.setattr(fsdp, "matrix", spy)
+    params = paligemma2.abstract_params(MODEL)
+    jax.eval_shape(lambda p, b: paligemma2.bind(MODEL, p).score(b), params, make_batch())
+    assert len(seen) >= 6
+    assert seen <= rows
+
+
+def test_rings_are_gathered_together_up_to_a_number_of_chips():
+    axes = [("z", 4), ("y", 4), ("x", 4)]
+    assert fsdp._rings(axes, at_once=32) == [axes[:2], axes[2:]]
+    assert fsdp._rings(axes, at_once=64) == [axes]
+    assert fsdp._rings(axes, at_once=8) == [[axis] for axis in axes]
+    assert fsdp._rings([], at_once=32) == []
+
+
 @pytest.mark.parametrize(
     ("axes", "shape", "spec"),
     [
@@ -48,7 +75,11 @@ def on(mesh, fn, in_specs, out_specs, *args):
         (("embed", "mlp"), (16, 6), SHARDED),
     ],
 )
-def test_a_gathered_weight_is_whole_with_embed_in_front(mesh, axes, shape, spec):
+@pytest.mark.parametrize("at_once", [1, 4, 32])
+def test_a_gathered_weight_is_whole_with_embed_in_front(
+    mesh, axes, shape, spec, at_once, monkeypatch
+):
+    monkeypatch.setattr(fsdp, "_GATHERED_AT_ONCE", at_once)
     weight = normal(0, *shape)
     gather = lambda weight: fsdp.matrix(weight, *axes, dtype=jnp.float32)
     expected = np.moveaxis(weight, axes.index("embed"), 0).reshape(16, -1)
@@ -114,9 +145,11 @@ def test_columns_of_a_table_become_rows_and_the_last_are_filled_up():
 
 
 @pytest.mark.parametrize("cap", [0.0, 3.0])
-def test_token_loss_with_a_split_vocabulary_is_that_of_the_whole(mesh, cap):
-    rows, table = normal(0, 8, 3, 16), normal(1, 37, 16)  # 37 is divided by no mesh
-    tokens = np.random.default_rng(2).integers(0, 37, (8, 3))
+# Neither is divided by any mesh; of 5 tokens some devices have none.
+@pytest.mark.parametrize("V", [37, 5])
+def test_token_loss_with_a_split_vocabulary_is_that_of_the_whole(mesh, V, cap):
+    rows, table = normal(0, 8, 3, 16), normal(1, V, 16)
+    tokens = np.random.default_rng(2).integers(0, V, (8, 3))
     mask = np.arange(24).reshape(8, 3) % 4 > 0
 
     def loss(rows, table, tokens, mask):

@@ -12,6 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from deevisum_jax import fsdp
 from deevisum_jax.errors import UserError, closest
@@ -20,9 +21,13 @@ from deevisum_jax.typing import Array
 # What masked attention logits are set to; finite, so that a row with no key stays free of NaN.
 K_MASK = -2.3819763e38
 
-# What the backward pass finds already computed, by the name of JAX's checkpoint policy.
+_OUTPUTS = "outputs"  # of attention and MLP, back at the model's width
+
+# What the backward pass finds already computed, by the name of JAX's checkpoint policy. One is
+# ours: the output of an MLP is dear to compute again and small to keep.
 REMAT_POLICIES = {
     "nothing_saveable": jax.checkpoint_policies.nothing_saveable,
+    "outputs_saveable": jax.checkpoint_policies.save_only_these_names(_OUTPUTS),
     "dots_saveable": jax.checkpoint_policies.dots_saveable,
     "dots_with_no_batch_dims_saveable": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
@@ -199,7 +204,8 @@ def to_embed(x: jax.Array, weight: Array, *axes: str) -> jax.Array:
       float[..., D].
     """
     x = x.reshape(*x.shape[: x.ndim - len(axes) + 1], -1)
-    return jnp.einsum("...E,DE->...D", x, fsdp.matrix(weight, *axes, dtype=x.dtype))
+    y = jnp.einsum("...E,DE->...D", x, fsdp.matrix(weight, *axes, dtype=x.dtype))
+    return checkpoint_name(y, _OUTPUTS)
 
 
 class Projection(nnx.Module):
