@@ -2,35 +2,51 @@
 
 from __future__ import annotations
 
-import pathlib
+import os
+import time
 from collections.abc import Sequence
 
+from etils import epath
+
+from deevisum_jax import distributed
 from deevisum_jax.config import Config
 from deevisum_jax.data import pipeline, prompts, tokenizer
 from deevisum_jax.data.prompts import PromptTemplate
 from deevisum_jax.data.segments import SegmentEncoder
 from deevisum_jax.data.tokenizer import Tokenizer
 from deevisum_jax.errors import UserError
-from deevisum_jax.files import write_whole
+from deevisum_jax.files import exists, write_whole
 from deevisum_jax.initialization import Start
 from deevisum_jax.models import paligemma2
 from deevisum_jax.runs import TEMPLATE_FILE, TOKENIZER_FILE, settings_of
 
+_SHOWN_S = 10.0  # until a file that one host has written is seen by another
 
-def make_template(config: Config, workdir: pathlib.Path) -> PromptTemplate:
+
+def make_template(config: Config, workdir: epath.Path) -> PromptTemplate:
     """The run's prompt template; a copy is kept in `workdir`, so that a run is whole by itself."""
     kept = workdir / TEMPLATE_FILE
-    if kept.exists():
-        return prompts.load_template(str(kept))
-    template = prompts.load_template(config.data.template)
-    write_whole(kept, template.text)
-    return template
+
+    def keep() -> None:
+        if not exists(kept):
+            write_whole(kept, prompts.load_template(config.data.template).text)
+
+    distributed.on_main(keep)
+    return prompts.load_template(os.fspath(_shown(kept)))
 
 
-def given_tokenizer(config: Config, workdir: pathlib.Path, start: Start | None) -> Tokenizer | None:
+def _shown(kept: epath.Path) -> epath.Path:
+    """The file, as soon as this host sees what process 0 has written; or after a while in vain."""
+    deadline = time.monotonic() + _SHOWN_S
+    while not exists(kept) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return kept
+
+
+def given_tokenizer(config: Config, workdir: epath.Path, start: Start | None) -> Tokenizer | None:
     """The tokenizer that the run has or is to take over; None if it is yet to be trained."""
     kept = workdir / TOKENIZER_FILE
-    if kept.exists():
+    if exists(kept):
         return tokenizer.load_tokenizer(kept)
     if config.data.tokenizer:
         return tokenizer.load_tokenizer(config.data.tokenizer)
@@ -39,18 +55,23 @@ def given_tokenizer(config: Config, workdir: pathlib.Path, start: Start | None) 
 
 def make_tokenizer(
     config: Config,
-    workdir: pathlib.Path,
+    workdir: epath.Path,
     template: PromptTemplate,
     records: Sequence[pipeline.Record],
     given: Tokenizer | None,
 ) -> Tokenizer:
     """The run's tokenizer, `given_tokenizer`'s or trained; kept in `workdir` as the template is."""
     kept = workdir / TOKENIZER_FILE
-    if given is None:
-        return tokenizer.train_tokenizer(
-            pipeline.texts(records, template), kept, vocab_size=config.data.vocab_size
-        )
-    return given if kept.exists() else tokenizer.save_tokenizer(given, kept)
+
+    def keep() -> None:
+        if given is None:
+            texts = pipeline.texts(records, template)
+            tokenizer.train_tokenizer(texts, kept, vocab_size=config.data.vocab_size)
+        elif not exists(kept):
+            tokenizer.save_tokenizer(given, kept)
+
+    distributed.on_main(keep)
+    return tokenizer.load_tokenizer(_shown(kept))  # `given` is a file of this host, if there is one
 
 
 def model_config(config: Config, tokens: Tokenizer | None = None) -> paligemma2.PaliGemma2Config:

@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import functools
 import json
-import pathlib
+import os
 import re
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from deevisum_jax import checkpoints, runs
+from deevisum_jax import checkpoints, distributed, runs
 from deevisum_jax import config as config_lib
 from deevisum_jax.config import Config
 from deevisum_jax.convert import released, safetensors
@@ -109,15 +109,15 @@ def open_start(path: str) -> Start:
         return FromWeights(locate(path))
     if released.is_released(path):
         return FromReleased(released.open_released(path))
-    folder = pathlib.Path(path).expanduser()
+    folder = locate(path)
     if missing := runs.missing_parts(folder):
         raise UserError(_what_else(path, folder, missing))
     return FromRun(folder)
 
 
-def _what_else(path: str, folder: pathlib.Path, missing: list[str]) -> str:
+def _what_else(path: str, folder: epath.Path, missing: list[str]) -> str:
     """What a path is that nothing can start from, as far as it can be guessed."""
-    if not folder.exists():
+    if not exists(folder):
         on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", path)
         return "there is no such file or folder; " + (
             f"if it is a name on the Hub, download it: hf download {path} --local-dir {folder.name}"
@@ -147,7 +147,7 @@ def is_weights(path: str) -> bool:
     return exists(locate(path) / WEIGHTS_FILE)
 
 
-def settle(config: Config, workdir: pathlib.Path) -> tuple[Config, Start | None]:
+def settle(config: Config, workdir: epath.Path) -> tuple[Config, Start | None]:
     """Fills in what the config leaves open: as the run began, or as its start says.
 
     Returns:
@@ -156,7 +156,7 @@ def settle(config: Config, workdir: pathlib.Path) -> tuple[Config, Start | None]
     Raises:
       UserError: as `find`, or the start is of another variant.
     """
-    if runs.has_checkpoint(workdir) and (workdir / runs.CONFIG_FILE).exists():
+    if runs.has_checkpoint(workdir) and exists(workdir / runs.CONFIG_FILE):
         return with_settings(config, settings_of(runs.load_config(workdir))), None
     start = find(config)
     if start is None:
@@ -177,7 +177,7 @@ def _check_variant(variant: str, config: Config) -> None:
 class FromRun:
     """A trained run of ours; its best checkpoint, exit heads included."""
 
-    folder: pathlib.Path
+    folder: epath.Path
 
     @functools.cached_property
     def config(self) -> Config:
@@ -193,7 +193,7 @@ class FromRun:
     def origin(self) -> str | None:
         """As the run noted it when it began."""
         file = self.folder / runs.ORIGIN_FILE
-        if file.exists():
+        if exists(file):
             return read_json(file, "delete it")["released_weights"]
         start = self.config.initialization  # of before it was noted
         return None if start == config_lib.FROM_SCRATCH else start
@@ -397,7 +397,7 @@ class FromWeights:
 
 
 def save_weights(
-    folder: pathlib.Path,
+    folder: os.PathLike[str],
     params: Params,
     config: PaliGemma2Config,
     *,
@@ -411,7 +411,7 @@ def save_weights(
     """Writes what `FromWeights` reads, into an empty folder.
 
     Args:
-      folder: the caller renames it when all is written.
+      folder: local; the caller renames it when all is written.
       params: `img` and `llm`.
       config: of the model, `param_dtype` included.
       variant: its name.
@@ -421,6 +421,7 @@ def save_weights(
       tokens: the tokenizer that lay beside the source.
       padding: rows behind the vocabulary.
     """
+    folder = epath.Path(folder)
     checkpoints.save_params(folder / PARAMS_FOLDER, params)
     if tokens is not None:
         tokenizer.save_tokenizer(tokens, folder / runs.TOKENIZER_FILE)
@@ -439,9 +440,8 @@ def save_weights(
     write_whole(folder / WEIGHTS_FILE, json.dumps(facts, indent=2) + "\n")
 
 
-def _file_sizes(folder: pathlib.Path | epath.Path) -> dict[str, int]:
+def _file_sizes(folder: epath.Path) -> dict[str, int]:
     """Bytes of every file below a folder, by path: what a copy that broke off is known by."""
-    folder = epath.Path(folder)
     sizes = {}
     for path in folder.iterdir():
         if path.is_dir():
@@ -452,14 +452,18 @@ def _file_sizes(folder: pathlib.Path | epath.Path) -> dict[str, int]:
     return sizes
 
 
-def keep(workdir: pathlib.Path, start: Start | None, config: PaliGemma2Config) -> None:
+def keep(workdir: epath.Path, start: Start | None, config: PaliGemma2Config) -> None:
     """Notes in a run's folder what only its start knows and an export will want to know."""
-    write_padding(workdir, start.vocab_padding(config) if start else None)
-    origin = {"released_weights": start.origin if start else None}
-    write_whole(workdir / runs.ORIGIN_FILE, json.dumps(origin) + "\n")
+
+    def note() -> None:
+        write_padding(workdir, start.vocab_padding(config) if start else None)
+        origin = {"released_weights": start.origin if start else None}
+        write_whole(workdir / runs.ORIGIN_FILE, json.dumps(origin) + "\n")
+
+    distributed.on_main(note)
 
 
-def write_padding(folder: pathlib.Path, padding: np.ndarray | None) -> None:
+def write_padding(folder: epath.Path, padding: np.ndarray | None) -> None:
     """Keeps the rows behind a vocabulary at Hugging Face, if there are any, and no others."""
     file = folder / runs.PADDING_FILE
     if padding is None:
@@ -468,9 +472,9 @@ def write_padding(folder: pathlib.Path, padding: np.ndarray | None) -> None:
         safetensors.write_safetensors_file(file, {"rows": ArrayTensor(padding)})
 
 
-def read_padding(folder: pathlib.Path | epath.Path) -> np.ndarray | None:
+def read_padding(folder: epath.Path) -> np.ndarray | None:
     """What `write_padding` kept."""
-    file = epath.Path(folder) / runs.PADDING_FILE
+    file = folder / runs.PADDING_FILE
     return read(safetensors.open_safetensors(file)["rows"]) if exists(file) else None
 
 

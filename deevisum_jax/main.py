@@ -10,31 +10,35 @@ import argparse
 import dataclasses
 import functools
 import json
-import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import absl.logging
-import grain
 import jax
+import numpy as np
+from etils import epath
 
 from deevisum_jax import (
     checkpoints,
     datasets,
+    distributed,
     evaluation,
     experiment,
     initialization,
     optim,
+    preemption,
     runs,
     sharding,
     train_step,
+    training,
     training_log,
 )
 from deevisum_jax import config as config_lib
 from deevisum_jax.config import Config
 from deevisum_jax.data import pipeline
-from deevisum_jax.errors import exits_cleanly
-from deevisum_jax.files import write_whole
+from deevisum_jax.errors import PreemptedError, UserError, exits_cleanly
+from deevisum_jax.files import locate, write_whole
 from deevisum_jax.inference import scoring
 from deevisum_jax.models import paligemma2
 from deevisum_jax.summary import protocols, report
@@ -48,6 +52,7 @@ examples:
       --config.optim.learning_rate=3e-4 --config.total_steps=500
 
 The same command again resumes a run that was stopped. deevisum_jax/config.py explains every field.
+DIR may be in a bucket (gs://...). With several processes, each is given the same command.
 
 what DIR gets:
   report.html     a page to look at: the student beside people and baselines, exit by exit
@@ -56,27 +61,35 @@ what DIR gets:
   checkpoints/    to resume from, and the best by validation tau
   config.json, tokenizer.model, template.txt   what the checkpoints need to be used
 
-Exit status: 0 done, 2 a mistake in what was given (a message says which, and the next step),
-130 interrupted.
+Exit status: 0 done; 2 a mistake in what was given, or a disk that is full (a message says which,
+and the next step); 75 stopped by SIGTERM, with all saved: start the same command again; 130
+interrupted.
 """
 
 
 @exits_cleanly
+@distributed.ends_together
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     args, config = parse(argv)
     # Orbax warns of much that is as it should be.
     absl.logging.set_verbosity(absl.logging.ERROR)
-    config, start = initialization.settle(config, args.workdir)
-    if args.mode == "train":
-        runs.claim(args.workdir, config)
-    else:
-        runs.check(args.workdir, config)
-    with jax.set_mesh(sharding.make_mesh(**dataclasses.asdict(config.mesh))):
-        run = Run(config, args.workdir, start)
+    distributed.initialize(args)
+    with preemption.Notice() as notice:
+        command = {"mode": args.mode, "workdir": args.workdir}
+        command["config"] = dataclasses.asdict(config)
+        distributed.check_same("command", json.dumps(command))
+        workdir = locate(args.workdir)
+        config, start = initialization.settle(config, workdir)
         if args.mode == "train":
-            run.train()
-        run.evaluate()
+            runs.claim(workdir, config)
+        else:
+            runs.check(workdir, config)
+        with jax.set_mesh(sharding.make_mesh(**dataclasses.asdict(config.mesh))):
+            run = Run(config, workdir, start, notice)
+            if args.mode == "train":
+                run.train()
+            run.evaluate()
     return 0
 
 
@@ -90,9 +103,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Config]:
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="an experiment in configs/")
-    parser.add_argument(
-        "--workdir", required=True, metavar="DIR", type=pathlib.Path, help="where the run lives"
-    )
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run lives")
     parser.add_argument(
         "--mode",
         choices=("train", "evaluate"),
@@ -105,6 +116,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Config]:
         action="store_true",
         help="override a field of the config, such as --config.total_steps=500; repeatable",
     )
+    distributed.add_flags(parser)
     args, rest = parser.parse_known_args(argv)
     unknown = [flag for flag in rest if not flag.startswith("--config.")]
     if unknown:
@@ -118,10 +130,14 @@ class Run:
     """One experiment on the current mesh: its data, its model, its state."""
 
     def __init__(
-        self, config: Config, workdir: pathlib.Path, start: initialization.Start | None
+        self,
+        config: Config,
+        workdir: epath.Path,
+        start: initialization.Start | None,
+        notice: preemption.Notice,
     ) -> None:
         # ---- Mistakes that need no data to be seen: building it may take minutes ----
-        self.config, self.workdir, self.start = config, workdir, start
+        self.config, self.workdir, self.start, self.notice = config, workdir, start, notice
         self.mesh = jax.sharding.get_mesh()
         microbatch = config.batch_size // config.optim.accumulate_steps
         sharding.check_batch("batch_size / optim.accumulate_steps", microbatch, self.mesh)
@@ -166,62 +182,55 @@ class Run:
         config = self.config
         # ---- Input: shuffled segments, an iterator that can be saved ----
         encoder = self.make_encoder(captions=True)
+        records = self.dataset.split("train")
+        source = experiment.make_source(config, records, encoder)
         data_iter = pipeline.train_iterator(
-            experiment.make_source(config, self.dataset.split("train"), encoder),
+            source,
             batch_size=config.batch_size,
             seed=config.seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=distributed.own_rows(sharding.batch_sharding(self.mesh), config.batch_size),
             num_threads=config.data.num_threads,
         )
         validation = self._split(config.eval.validation_split)
         # ---- Update: one compiled function, the state donated ----
-        update = jax.jit(
-            train_step.make_train_step(
-                self.model_config,
-                config.loss,
-                self.tx,
-                self.schedule,
-                num_targets=encoder.prompts.num_targets,
-                accumulate_steps=config.optim.accumulate_steps,
-            ),
-            in_shardings=(self.shardings, sharding.batch_sharding(self.mesh)),
-            out_shardings=(self.shardings, None),
-            donate_argnums=0,
+        step = train_step.make_train_step(
+            self.model_config,
+            config.loss,
+            self.tx,
+            self.schedule,
+            num_targets=encoder.prompts.num_targets,
+            accumulate_steps=config.optim.accumulate_steps,
         )
+        update = train_step.jit(step, self.shardings, self.mesh)
         with checkpoints.Checkpoints(self._checkpoint_folder, config.checkpoint) as saved:
-            # ---- State: where the run stands, or its beginning ----
-            state = self._first_state(saved, data_iter)
-            first_step = int(state.step)
-            if first_step >= config.total_steps:
-                return
-            # ---- Loop: update, log, validate, save ----
-            with training_log.TrainingLog(
-                self.workdir,
-                first_step=first_step,
-                total_steps=config.total_steps,
-                batch_size=config.batch_size,
-            ) as log:
-                for step in range(first_step + 1, config.total_steps + 1):
-                    state, metrics = update(state, sharding.place_batch(next(data_iter), self.mesh))
-                    log.advance()
-                    validates = step % config.eval.every_steps == 0 or step == config.total_steps
-                    # Whatever is validated may be the best, so it is saved.
-                    saves = step % config.checkpoint.every_steps == 0 or validates
-                    # What is saved is logged first: that refuses numbers that are not finite.
-                    if step % config.log_every == 0 or step == first_step + 1 or saves:
-                        log.train(step, metrics)
-                    scores = None
-                    if validates:
-                        with log.paused():
-                            scores = self._validate(state, validation)
-                            log.write(step, {f"validation/{k}": v for k, v in scores.items()})
-                    if saves:
-                        with log.paused():
-                            saved.save(step, state, data_iter, scores)
+            # ---- State: resume > what `initialization` names > from scratch ----
+            state = saved.restore_latest(self.abstract, data_iter)
+            if state is None:
+                state = self._first_state()
+            # ---- Loop: update, check, log, validate, save ----
+            training.train(
+                state,
+                config=config,
+                workdir=self.workdir,
+                data_iter=data_iter,
+                place=functools.partial(sharding.place_batch, mesh=self.mesh),
+                update=update,
+                validate=functools.partial(self._validate, validation=validation),
+                describe=functools.partial(_describe, records, source),
+                saved=saved,
+                notice=self.notice,
+            )
 
     def evaluate(self) -> None:
-        """Holds the best checkpoint against the test split; writes report.json and report.html."""
+        """Holds the best checkpoint against the test split; writes report.json and report.html.
+
+        Raises:
+          PreemptedError: a notice came first.
+        """
+        with self.notice.deferred():
+            self._evaluate()
+
+    def _evaluate(self) -> None:
         config = self.config
         with checkpoints.Checkpoints(self._checkpoint_folder) as saved:
             step = saved.best_step
@@ -252,17 +261,20 @@ class Run:
             left_out=left_out,
             cost=evaluation.early_exit_cost(full, config, self.model_config),
         )
+        distributed.on_main(functools.partial(self._report, found, step))
+
+    def _report(self, found: evaluation.Evaluation, step: int) -> None:
         result = evaluation.report_json(found, steps=step)
         write_whole(self.workdir / "report.json", json.dumps(result, indent=2) + "\n")
         history = training_log.read_metrics(self.workdir / training_log.METRICS_FILE)
         report.write_run_report(
             self.workdir / "report.html",
-            evaluation.report_page(found, config=config, history=history),
+            evaluation.report_page(found, config=self.config, history=history),
         )
         print(evaluation.table(result))
 
     @property
-    def _checkpoint_folder(self) -> pathlib.Path:
+    def _checkpoint_folder(self) -> epath.Path:
         return self.workdir / runs.CHECKPOINT_FOLDER
 
     @property
@@ -273,13 +285,14 @@ class Run:
         params = paligemma2.init_params(self.model_config, key)
         return train_step.init_state(params, self.tx, self.config.optim.frozen)
 
-    def _first_state(
-        self, saved: checkpoints.Checkpoints, data_iter: grain.DatasetIterator
-    ) -> train_step.TrainState:
-        """Resume > what `initialization` names > from scratch."""
-        if saved.latest_step is not None:
-            return saved.restore(saved.latest_step, self.abstract, data_iter)
+    def _first_state(self) -> train_step.TrainState:
         key = jax.random.key(self.config.seed)
+        if self.start is None and self.config.initialization != config_lib.FROM_SCRATCH:
+            # It was taken for a run that has begun.
+            raise UserError(
+                f"{self._checkpoint_folder} holds no complete checkpoint to go on from; delete it "
+                f"to start again from initialization={self.config.initialization!r}"
+            )
         initialization.keep(self.workdir, self.start, self.model_config)
         if self.start is None:
             return jax.jit(self._from_scratch, out_shardings=self.shardings)(key)
@@ -295,19 +308,24 @@ class Run:
         )
 
     def _predict(self, params: optim.Params, split: Split) -> evaluation.Prediction:
+        batch_size = self.config.eval.batch_size
+        rows = distributed.own_rows(sharding.batch_sharding(self.mesh), batch_size)
         scores = scoring.score_videos(
             functools.partial(self.score_fn, params),
-            pipeline.in_order(
-                split.source,
-                batch_size=self.config.eval.batch_size,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
-            ),
+            self._until_told(pipeline.in_order(split.source, batch_size=batch_size, rows=rows)),
             self.mesh,
         )
         return evaluation.Prediction(
             bounds=split.source.bounds, scores=[scores[row] for row in range(len(split.truths))]
         )
+
+    def _until_told(
+        self, batches: Iterator[dict[str, np.ndarray]]
+    ) -> Iterator[dict[str, np.ndarray]]:
+        for batch in batches:
+            if self.notice.reached():
+                raise PreemptedError("all that is trained is saved, and not evaluated yet")
+            yield batch
 
     def _validate(self, state: train_step.TrainState, validation: Split) -> dict[str, float]:
         """tau, rho and F1 of the deepest exit; tau chooses the best checkpoint."""
@@ -322,6 +340,15 @@ class Split:
 
     truths: list[VideoGroundTruth]
     source: pipeline.SegmentSource
+
+
+def _describe(
+    records: Sequence[pipeline.Record], source: pipeline.SegmentSource, row: int, segment: int
+) -> Mapping[str, Any]:
+    """A segment of the training data, for people."""
+    start_s, end_s = source.bounds[row][segment].tolist()
+    video_id = records[row]["video_id"]
+    return {"video_id": video_id, "segment": segment, "start_s": start_s, "end_s": end_s}
 
 
 if __name__ == "__main__":

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import pathlib
+import os
+import time
+import uuid
+from collections.abc import Iterator
 from typing import Any
 
+from etils import epath
+
+from deevisum_jax import checkpoints, distributed
 from deevisum_jax import config as config_lib
 from deevisum_jax.config import Config
 from deevisum_jax.data import prompts
 from deevisum_jax.errors import UserError
+from deevisum_jax.files import exists, in_bucket, locate, write_whole
 from deevisum_jax.models import paligemma2
 from deevisum_jax.models.paligemma2 import PaliGemma2Config
 
@@ -21,6 +29,7 @@ CHECKPOINT_FOLDER = "checkpoints"
 PADDING_FILE = "vocab_padding.safetensors"
 # What the weights descend from, for whoever exports them.
 ORIGIN_FILE = "origin.json"
+_SHOWN_S = 10.0  # until a file that one host has written is seen by another
 
 # What may differ between a workdir's config and the one it is resumed with: nothing that a trained
 # number depends on.
@@ -85,7 +94,7 @@ def with_settings(config: Config, settings: Settings) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **model), data=data)
 
 
-def load_config(run: pathlib.Path) -> Config:
+def load_config(run: epath.Path) -> Config:
     """The config of a run, with nothing left open.
 
     Raises:
@@ -95,39 +104,60 @@ def load_config(run: pathlib.Path) -> Config:
     return with_settings(config, settings_of(config))
 
 
-def missing_parts(run: pathlib.Path) -> list[str]:
+def missing_parts(run: epath.Path) -> list[str]:
     """What a folder lacks to be a trained run."""
     parts = (CONFIG_FILE, TOKENIZER_FILE, TEMPLATE_FILE, CHECKPOINT_FOLDER)
-    return [name for name in parts if not (run / name).exists()]
+    return [name for name in parts if not exists(run / name)]
 
 
-def has_checkpoint(workdir: pathlib.Path) -> bool:
+def has_checkpoint(workdir: epath.Path) -> bool:
     """Whether training has come to something that belongs to its config."""
-    # Orbax writes a step under a longer name until it is whole.
-    return any(path.name.isdigit() for path in (workdir / CHECKPOINT_FOLDER).glob("*"))
+    folder = workdir / CHECKPOINT_FOLDER
+    return exists(folder) and bool(checkpoints.complete_steps(folder))
 
 
-def claim(workdir: pathlib.Path, config: Config) -> None:
+def claim(workdir: epath.Path, config: Config) -> None:
     """Creates `workdir`, or makes sure that it belongs to a run of this config; writes the config.
 
+    Process 0 does so, and all make sure that they see the same folder.
+
     Raises:
-      UserError: it cannot be written, holds something else, or a run of another config.
+      UserError: it cannot be written, holds something else, or a run of another config; or not all
+        processes see it.
     """
-    stored = workdir / CONFIG_FILE
-    try:
+    distributed.on_main(lambda: _create(workdir))
+    _check_shared(workdir)
+    distributed.on_main(lambda: _claim(workdir, config))
+
+
+def _create(workdir: epath.Path) -> None:
+    if in_bucket(workdir):
+        return  # it has no folders, and a bucket of a mistyped name is not to be made
+    with _writing(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-        if stored.exists():
+
+
+def _claim(workdir: epath.Path, config: Config) -> None:
+    stored = workdir / CONFIG_FILE
+    with _writing(workdir):
+        if exists(stored):
             if has_checkpoint(workdir):
                 _check_same(workdir, config)
             elif _refused(workdir, config):
                 # It stopped before its first checkpoint, likely at a mistake now mended.
                 for name in (TOKENIZER_FILE, TEMPLATE_FILE, PADDING_FILE, ORIGIN_FILE):
                     (workdir / name).unlink(missing_ok=True)
-        elif any(path.suffix != ".partial" for path in workdir.iterdir()):
+        elif exists(workdir) and any(path.suffix != ".partial" for path in workdir.iterdir()):
             raise UserError(
                 f"{workdir} is not empty and holds no run of ours; give --workdir a new folder"
             )
         config_lib.save(config, stored)
+
+
+@contextlib.contextmanager
+def _writing(workdir: epath.Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UserError(
             f"workdir {workdir} cannot be written ({error.strerror}); give --workdir a folder "
@@ -135,12 +165,47 @@ def claim(workdir: pathlib.Path, config: Config) -> None:
         ) from None
 
 
-def check(workdir: pathlib.Path, config: Config) -> None:
+def _check_shared(workdir: epath.Path) -> None:
+    """Refuses a folder of the same name on several hosts, with a part of the run in each."""
+    if distributed.is_alone():
+        return
+
+    def leave() -> str:
+        name = f".{uuid.uuid4().hex[:8]}.partial"
+        with _writing(workdir):
+            write_whole(workdir / name, "")
+        return name
+
+    left = workdir / distributed.on_main(leave)
+
+    def look() -> None:
+        deadline = time.monotonic() + _SHOWN_S
+        while not exists(left):
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"workdir {workdir} is not the folder of that name that process 0 writes; give "
+                    "--workdir a folder that all hosts share, or an address in a bucket (gs://...)"
+                )
+            time.sleep(0.1)
+
+    try:
+        distributed.everywhere(look)
+    finally:
+        # No word with the others, of whom one may have stopped for another reason than a mistake.
+        if distributed.is_main():
+            left.unlink(missing_ok=True)
+
+
+def check(workdir: epath.Path, config: Config) -> None:
     """Makes sure that `workdir` holds a trained run of this config; changes nothing.
 
     Raises:
-      UserError: it does not.
+      UserError: it does not, for any process.
     """
+    distributed.everywhere(lambda: _check(workdir, config))
+
+
+def _check(workdir: epath.Path, config: Config) -> None:
     if missing := missing_parts(workdir):
         raise UserError(
             f"{workdir} holds no run to evaluate, it lacks {', '.join(missing)}; train one, or "
@@ -149,7 +214,7 @@ def check(workdir: pathlib.Path, config: Config) -> None:
     _check_same(workdir, config)
 
 
-def _check_same(workdir: pathlib.Path, config: Config) -> None:
+def _check_same(workdir: epath.Path, config: Config) -> None:
     if refused := _refused(workdir, config):
         raise UserError(
             f"{workdir} holds a run of another config; use a new --workdir, or set back "
@@ -157,15 +222,19 @@ def _check_same(workdir: pathlib.Path, config: Config) -> None:
         )
 
 
-def _refused(workdir: pathlib.Path, config: Config) -> list[str]:
+def _refused(workdir: epath.Path, config: Config) -> list[str]:
     """What differs from the run in `workdir` and must not."""
     stored = load_config(workdir)
     # What the config leaves open stays as the run began.
     changed = config_lib.differences(stored, with_settings(config, settings_of(stored)))
     refused = [line for line in changed if not line.startswith(_MAY_CHANGE)]
     # The file of a template may have been edited, or be gone, since it was copied.
-    given, kept = pathlib.Path(config.data.template), workdir / TEMPLATE_FILE
-    there = given.is_file() and kept.is_file()
-    if there and prompts.load_template(str(given)) != prompts.load_template(str(kept)):
+    given, kept = locate(config.data.template), workdir / TEMPLATE_FILE
+    there = exists(given) and exists(kept)
+    if there and _template(given) != _template(kept):
         refused.append(f"the text of data.template={config.data.template} to that of {kept}")
     return refused
+
+
+def _template(path: epath.Path) -> prompts.PromptTemplate:
+    return prompts.load_template(os.fspath(path))

@@ -1,22 +1,43 @@
-"""Video in, summary out: `python -m deevisum_jax.summarize VIDEO --checkpoint RUN --out DIR`."""
+"""Video in, summary out: `python -m deevisum_jax.summarize VIDEO --checkpoint RUN --out DIR`.
+
+With `--manifest` many videos, by one process or by several that know nothing of each other while
+they work.
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import math
+import os
 import pathlib
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import absl.logging
 import jax
 import numpy as np
+from etils import epath
 
-from deevisum_jax import checkpoints, experiment, media, runs, sharding
+from deevisum_jax import (
+    checkpoints,
+    corpus,
+    distributed,
+    experiment,
+    files,
+    media,
+    preemption,
+    runs,
+    sharding,
+)
+from deevisum_jax.config import Config
+from deevisum_jax.corpus import Corpus, Item, VideoError, printable
 from deevisum_jax.data import audio, pipeline, prompts, subtitles, tokenizer
 from deevisum_jax.data.segments import Video, segment_bounds
 from deevisum_jax.data.video import DecodedVideo, decode_video
@@ -26,6 +47,10 @@ from deevisum_jax.inference import scoring
 from deevisum_jax.models import paligemma2
 from deevisum_jax.summary import render, report, select, shots
 
+T = TypeVar("T")
+
+EXIT_SOME_FAILED = 1
+
 _FRAME_RATE = 2.0  # frames per second looked at, the rate of the stored data sets
 _MIN_SUMMARY_S = 0.5  # below this there is nothing to watch
 _THE_RUNS = object()  # stands for the run's own exit threshold; None is "off"
@@ -34,6 +59,7 @@ examples:
   python -m deevisum_jax.summarize holiday.mp4 --checkpoint runs/quickstart --out holiday/
   python -m deevisum_jax.summarize talk.mkv --checkpoint runs/quickstart --out talk/ \\
       --title "Keynote" --subtitles talk.srt --budget 0.1 --exit_threshold off
+  python -m deevisum_jax.summarize --manifest videos.csv --checkpoint runs/quickstart --out all/
 
 what DIR gets, all of it or nothing:
   report.html    a page to look at: the film, the scores over time, every shot, the words
@@ -41,8 +67,22 @@ what DIR gets, all of it or nothing:
   summary.json   the score and the exit of every segment, every shot and whether it was chosen
   keyframes/     one still of each chosen shot
 
-Exit status: 0 done, 2 a mistake in what was given (a message says which, and the next step),
-130 interrupted.
+what DIR gets with --manifest:
+  ID/            the same for each video
+  index.html     a page with links to all; index.json has its numbers
+  failures.csv   the videos that failed, and why
+The same command again goes on where it was stopped, and tries what failed again.
+Delete DIR/ID to have a video made anew.
+
+a manifest is a CSV file, with these columns or some of them in any order:
+  video          a path, relative to the manifest's folder, or an address such as gs://bucket/a.mp4
+  id             names its folder in DIR (default: the file's name without its ending)
+  title, subtitles   as the flags
+
+Exit status: 0 done, 1 some videos of a manifest failed, 2 a mistake in what was given (a message
+says which, and the next step), 75 stopped by a preemption notice (SIGTERM), 130 interrupted.
+One of several processes ends with 0 where videos failed, as launchers stop all of them when one
+ends with another status; it prints how many, and failures.csv has them.
 """
 
 
@@ -50,25 +90,35 @@ Exit status: 0 done, 2 a mistake in what was given (a message says which, and th
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     args = parse(argv)
+    args.checkpoint, args.out = files.locate(args.checkpoint), files.locate(args.out)
     # Orbax warns of much that is as it should be.
     absl.logging.set_verbosity(absl.logging.ERROR)
-    with whole_folder(args.out) as folder:
+    return _summarize_one(args) if args.manifest is None else _summarize_many(args)
+
+
+def _summarize_one(args: argparse.Namespace) -> int:
+    with preemption.Notice(), contextlib.ExitStack() as stack:
+        folder = stack.enter_context(whole_folder(args.out, corpus.MARKER))
+        if files.in_bucket(args.video):
+            _say(f"fetching {args.video}")
+        path, words = _fetch(stack, args.video, args.subtitles)
+        stack.enter_context(_named(path, args.video))
+        stack.enter_context(_named(words, args.subtitles))
         # A file that is no video is better known before gigabytes of parameters are read.
-        with media.open_media(args.video) as container:
-            media.video_stream(container, args.video)
+        with media.open_media(path) as container:
+            media.video_stream(container, path)
         _say(f"loading {args.checkpoint}")
         student = Student(args.checkpoint)
         _say(f"decoding {args.video}")
         film = read_film(
-            args.video,
+            path,
             size=student.model_config.img.image_size,
             resize=student.encoder.resize,
             title=args.title,
-            subtitles_path=args.subtitles,
+            subtitles_path=words,
+            name=args.video,
         )
-        threshold = student.config.eval.exit_threshold
-        if args.exit_threshold is not _THE_RUNS:
-            threshold = args.exit_threshold
+        threshold = _exit_threshold(args, student.config)
         _say(f"scoring {film.video.duration_s:.0f} s of video")
         summary = summarize(film, student, budget=args.budget, threshold=threshold)
         _say(f"writing {args.out}")
@@ -78,9 +128,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"note: {note}")
     taken = sum(shot["selected"] for shot in summary["shots"])
     print(
-        f"{_printable(str(args.out))}: {summary['selected_s']:.1f} s of "
+        f"{printable(str(args.out))}: {summary['selected_s']:.1f} s of "
         f"{summary['duration_s']:.1f} s in {taken} {'shot' if taken == 1 else 'shots'}; look at "
-        f"{_printable(str(args.out / 'report.html'))}"
+        f"{printable(str(args.out / 'report.html'))}"
     )
     return 0
 
@@ -89,6 +139,10 @@ def _say(what: str) -> None:
     """Tells a person who watches what takes its time now; a log needs only the outcome."""
     if sys.stderr.isatty():
         print(f"{what} …", file=sys.stderr)
+
+
+def _exit_threshold(args: argparse.Namespace, config: Config) -> float | None:
+    return config.eval.exit_threshold if args.exit_threshold is _THE_RUNS else args.exit_threshold
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -104,22 +158,26 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add(
         "video",
+        nargs="?",
         metavar="VIDEO",
         help="mp4, mkv, webm, avi: what FFmpeg decodes (./-x.mp4 for -x.mp4)",
     )
     add(
+        "--manifest",
+        metavar="FILE",
+        help="a list of many videos instead of one; described below",
+    )
+    add(
         "--checkpoint",
         required=True,
-        type=pathlib.Path,
         metavar="RUN",
         help="workdir of a training run; its best checkpoint judges",
     )
     add(
         "--out",
         required=True,
-        type=pathlib.Path,
         metavar="DIR",
-        help="new or empty folder; what it gets is listed below",
+        help="new or empty folder, or address in a bucket; what it gets is listed below",
     )
     add(
         "--title",
@@ -148,7 +206,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "eval.exit_threshold)",
         default=_THE_RUNS,
     )
+    distributed.add_flags(parser)
     args = parser.parse_args(argv)
+    if (args.video is None) == (args.manifest is None):
+        parser.error("give either one VIDEO or a --manifest")
+    if args.manifest is None:
+        for name in ("coordinator_address", "num_processes", "process_id"):
+            if getattr(args, name) is not None:
+                parser.error(f"argument --{name}: is for a --manifest, not for one VIDEO")
+    else:
+        for name in ("title", "subtitles"):
+            if getattr(args, name) is not None:
+                parser.error(f"argument --{name}: a --manifest has a column for it")
     if not 0 < args.budget <= 1:
         parser.error(f"argument --budget: {args.budget} is not above 0 and at most 1")
     return args
@@ -167,29 +236,24 @@ def _threshold(text: str) -> float | None:
 
 
 class Student:
-    """A trained run, ready to score any video on all devices of this process."""
+    """A trained run, ready to score any video on the devices of this process."""
 
-    def __init__(self, run: pathlib.Path) -> None:
+    def __init__(self, run: pathlib.Path | epath.Path) -> None:
         """Loads the best checkpoint of a run.
 
         Raises:
           UserError: `run` is no workdir of a run, or misses a part.
         """
-        run = run.expanduser()
-        if missing := runs.missing_parts(run):
-            raise UserError(
-                f"{run} is no workdir of a training run, it lacks {', '.join(missing)}; give "
-                "--checkpoint the folder that deevisum_jax.main was given as --workdir"
-            )
-        self.config = runs.load_config(run)
+        self._run = run
+        self.config = _run_config(run)
         tokens = tokenizer.load_tokenizer(run / runs.TOKENIZER_FILE)
-        template = prompts.load_template(str(run / runs.TEMPLATE_FILE))
+        template = prompts.load_template(run / runs.TEMPLATE_FILE)
         self.model_config = experiment.model_config(self.config, tokens)
         self.encoder = experiment.make_encoder(
             self.config, tokens, template, self.model_config.img.image_size
         )
         shapes = paligemma2.abstract_params(self.model_config)
-        self._mesh = sharding.fitting_mesh(shapes)
+        self._mesh = sharding.fitting_mesh(shapes, devices=jax.local_devices())
         shardings = sharding.param_shardings(shapes, self._mesh)
         abstract = sharding.abstract(shapes, shardings)
         with checkpoints.Checkpoints(run / runs.CHECKPOINT_FOLDER) as saved:
@@ -197,20 +261,74 @@ class Student:
         score_fn = scoring.make_score_fn(self.model_config, shardings, self._mesh)
         self._score_fn = functools.partial(score_fn, params)
 
-    def score(self, video: Video) -> tuple[np.ndarray, scoring.SegmentScores]:
+    def score(
+        self, video: Video, *, one_shape: bool = False
+    ) -> tuple[np.ndarray, scoring.SegmentScores]:
         """Segment borders `float[M, 2]` in seconds, and their scores at every exit.
 
         A batch is the run's `eval.batch_size`, no larger than the video needs, rounded up to what
         the devices divide.
+
+        Args:
+          video: of any length.
+          one_shape: batches are as large for a short video, so that nothing is compiled anew for
+            it.
+
+        Raises:
+          UserError: the scores are no numbers.
+          VideoError: this video's segments cannot be made; its cause says why.
         """
         bounds = segment_bounds(video.duration_s, self.config.data.segment_s)
-        rows = min(self.config.eval.batch_size, len(bounds))
+        rows = self.config.eval.batch_size
+        if not one_shape:
+            rows = min(rows, len(bounds))
         batches = pipeline.in_order(
             pipeline.VideoSegments(video, bounds, self.encoder),
             batch_size=-(-rows // self._mesh.size) * self._mesh.size,
         )
-        with jax.set_mesh(self._mesh):
-            return bounds, scoring.score_videos(self._score_fn, batches, self._mesh)[0]
+        with jax.set_mesh(self._mesh), _made_ahead(batches) as batches:
+            scores = scoring.score_videos(self._score_fn, batches, self._mesh)[0]
+        if not np.isfinite(scores.importance).all():
+            raise UserError(
+                f"the checkpoint of {self._run} gives scores that are no finite numbers; train it "
+                "again, with a lower learning rate"
+            )
+        return bounds, scores
+
+
+def _run_config(run: pathlib.Path | epath.Path) -> Config:
+    """That of a run.
+
+    Raises:
+      UserError: this is no workdir of a run, or misses a part.
+    """
+    if missing := runs.missing_parts(run):
+        raise UserError(
+            f"{run} is no workdir of a training run, it lacks {', '.join(missing)}; give "
+            "--checkpoint the folder that deevisum_jax.main was given as --workdir"
+        )
+    return runs.load_config(run)
+
+
+@contextlib.contextmanager
+def _made_ahead(batches: Iterable[T]) -> Iterator[Iterator[T]]:
+    """The next is made while one is used; what goes wrong in making is a `VideoError`."""
+    batches, end = iter(batches), object()
+
+    def used() -> Iterator[T]:
+        coming = maker.submit(next, batches, end)
+        while True:
+            try:
+                batch = coming.result()
+            except Exception as error:
+                raise VideoError from error
+            if batch is end:
+                return
+            coming = maker.submit(next, batches, end)
+            yield batch
+
+    with ThreadPoolExecutor(1) as maker:
+        yield used()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -218,18 +336,30 @@ class Film:
     """A decoded file: what the model sees and hears of it, and its native timeline."""
 
     path: str
+    name: str  # where the file really is, if `path` is a copy
     video: Video
-    decoded: DecodedVideo
+    decoded: DecodedVideo | None  # None after `without_pictures`
     notes: tuple[str, ...]  # what a person should know about the file, in sentences
+
+    def num_bytes(self) -> int:
+        """Of pictures and sound, in memory."""
+        waveform = self.video.waveform
+        return self.decoded.frames.nbytes + (0 if waveform is None else waveform.nbytes)
+
+    def without_pictures(self) -> Film:
+        """What is still needed when the shots are chosen."""
+        video = dataclasses.replace(self.video, frames=(), waveform=None)
+        return dataclasses.replace(self, video=video, decoded=None)
 
 
 def read_film(
-    path: str,
+    path: str | os.PathLike,
     *,
     size: int,
     resize: str = "bilinear",
     title: str | None = None,
-    subtitles_path: str | None = None,
+    subtitles_path: str | os.PathLike | None = None,
+    name: str | None = None,
 ) -> Film:
     """Decodes pictures, sound and subtitles.
 
@@ -239,6 +369,7 @@ def read_film(
       resize: how they come to it, bilinear or bicubic.
       title: what it is about; None takes the file's name.
       subtitles_path: None looks beside and inside the file, "none" takes none.
+      name: what to call the file; None = its path.
 
     Raises:
       UserError: the file holds no picture that decodes, or the subtitles are malformed.
@@ -261,20 +392,21 @@ def read_film(
             "H.264 needs even sizes"
         )
     video = Video(
-        title=_printable(title if title is not None else pathlib.Path(path).stem.replace("_", " ")),
+        title=printable(title if title is not None else pathlib.Path(path).stem.replace("_", " ")),
         duration_s=info.duration_s,
         frames=decoded.frames,
         frame_times=decoded.frame_times,
         cues=cues,
         waveform=waveform,
     )
-    return Film(path=str(path), video=video, decoded=decoded, notes=tuple(notes))
+    name = str(path if name is None else name)
+    return Film(path=str(path), name=name, video=video, decoded=decoded, notes=tuple(notes))
 
 
 def summarize(
     film: Film, student: Student, *, budget: float, threshold: float | None
 ) -> dict[str, Any]:
-    """Scores a film and chooses its shots; the content of summary.json.
+    """Scores a film and chooses its shots; the content of summary.json but for the keyframes.
 
     Args:
       film: of `read_film`.
@@ -286,18 +418,41 @@ def summarize(
       UserError: the film is too short for a summary of this budget, or its pictures stay longer
         than that.
     """
+    _check_length(film, budget)
+    try:
+        bounds, scores = student.score(film.video)
+    except VideoError as error:
+        raise error.__cause__ from None
+    exit_layers = student.model_config.exit_layers
+    return choose(film, bounds, scores, exit_layers, budget=budget, threshold=threshold)
+
+
+def _check_length(film: Film, budget: float) -> None:
     duration_s = film.video.duration_s
     budget_s = budget * duration_s
     least_s = min(_MIN_SUMMARY_S, duration_s)
     if budget_s < least_s:
         raise UserError(
-            f"{film.path} is {duration_s:.2f} s long, so a summary of {100 * budget:g} % would "
+            f"{film.name} is {duration_s:.2f} s long, so a summary of {100 * budget:g} % would "
             f"last {budget_s:.2f} s, under {_MIN_SUMMARY_S} s; raise --budget to "
             + "; ".join((_share(_MIN_SUMMARY_S, duration_s), *film.notes))
         )
-    # ---- Segments: scores and exits ----
-    bounds, scores = student.score(film.video)
-    last = np.full(len(bounds), len(student.model_config.exit_layers) - 1)
+
+
+def choose(
+    film: Film,
+    bounds: np.ndarray,
+    scores: scoring.SegmentScores,
+    exit_layers: Sequence[int],
+    *,
+    budget: float,
+    threshold: float | None,
+) -> dict[str, Any]:
+    """Chooses the shots of a film whose segments are scored, as `summarize` does."""
+    duration_s = film.video.duration_s
+    budget_s = budget * duration_s
+    # ---- Segments: at the exit of each ----
+    last = np.full(len(bounds), len(exit_layers) - 1)
     exits = last if threshold is None else scoring.exit_index(scores.summary_prob, threshold)
     segment_scores = scoring.at_exit(scores, exits)
     # ---- Shots: found on the pictures, valued by the segments they lie in ----
@@ -316,10 +471,11 @@ def summarize(
     lengths_s = np.array([shot.end_s - shot.start_s for shot in found])
     chosen = select.select_film(shot_scores, lengths_s, budget_s)
     # Shots are split to fit the budget, but a single picture that outlasts it is not.
+    least_s = min(_MIN_SUMMARY_S, duration_s)
     too_long = lengths_s[lengths_s > budget_s]
     if too_long.size and lengths_s[chosen].sum() < least_s / 2:
         raise UserError(
-            f"the pictures of {film.path} stay on screen for {too_long.min():.2f} s and more, "
+            f"the pictures of {film.name} stay on screen for {too_long.min():.2f} s and more, "
             f"longer than a summary of {100 * budget:g} % ({budget_s:.2f} s); raise --budget to "
             + "; ".join((_share(too_long.min(), duration_s), *film.notes))
         )
@@ -329,7 +485,7 @@ def summarize(
         for start, end in bounds
     ]
     return {
-        "video": _printable(film.path),
+        "video": printable(film.name),
         "title": film.video.title,
         "duration_s": duration_s,
         "budget": budget,
@@ -339,7 +495,7 @@ def summarize(
                 "start_s": float(start),
                 "end_s": float(end),
                 "score": float(score),
-                "exit_layer": student.model_config.exit_layers[exit_],
+                "exit_layer": exit_layers[exit_],
                 "selected": bool(held > (end - start) / 2),  # most of it is in the summary
             }
             for (start, end), score, exit_, held in zip(
@@ -360,11 +516,6 @@ def summarize(
     }
 
 
-def _printable(text: str) -> str:
-    """What can be tokenized, printed and written: file names may hold bytes that are no text."""
-    return text.encode("utf-8", "replace").decode("utf-8")
-
-
 def _share(length_s: float, duration_s: float) -> str:
     """The least budget, in whole hundredths, that holds a length."""
     return f"{min(1.0, math.ceil(100 * length_s / duration_s) / 100):g}"
@@ -382,7 +533,8 @@ def write_outputs(
         np.array([segment["score"] for segment in summary["segments"]]),
     )
     stills = render.save_keyframes(film.path, times, folder / "keyframes")
-    write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    found = summary | {"keyframes": [still.relative_to(folder).as_posix() for still in stills]}
+    write_whole(folder / corpus.MARKER, json.dumps(found, indent=2) + "\n")
     report.write_video_report(
         folder / "report.html",
         summary,
@@ -393,6 +545,191 @@ def write_outputs(
         film="summary.mp4",
         num_layers=num_layers,
     )
+
+
+# ---- Many videos ----
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """What this process has before it."""
+
+    corpus: Corpus
+    items: list[Item]  # of all processes
+    mine: list[Item]
+    left: list[Item]  # of `mine`
+    student: Student | None  # None where nothing is left for anybody
+    threshold: float | None
+
+
+def _summarize_many(args: argparse.Namespace) -> int:
+    """The command with --manifest.
+
+    Returns:
+      Its exit status; where videos failed, `EXIT_SOME_FAILED` from the only process, and 0 from one
+      of several.
+    """
+    # Devices of this process alone are computed on, and gloo would ask the others all the same.
+    jax.config.update("jax_cpu_collectives_implementation", None)
+    distributed.initialize(args)
+    who = f"process {jax.process_index()}: " if jax.process_count() > 1 else ""
+    with preemption.Notice():
+        task = _begin(args)
+        num_failed = 0
+        if task.left:
+            steps = make_steps(task, budget=args.budget)
+            # In one piece, since several processes may write to the same terminal.
+            say = lambda line: sys.stderr.write(f"{who}{line}\n")
+            num_failed = corpus.work(task.corpus, task.left, steps, say)
+        damaged = task.corpus.write_index(task.items)
+    now, all_ = len(task.left) - num_failed, len(task.mine)
+    num_failed += sum(item.id in damaged for item in task.mine)
+    of = f"{all_} videos" if not who else f"the {all_} videos of this process"
+    page = printable(str(args.out / corpus.PAGE_FILE))
+    print(f"{who}{all_ - num_failed} of {of} done ({now} now); look at {page}")
+    if num_failed:
+        where = printable(str(args.out / corpus.FAILURES_FILE))
+        print(f"{who}{num_failed} failed: see {where}; the same command tries them again")
+    # A launcher takes a process that ends otherwise for a reason to stop the others.
+    return EXIT_SOME_FAILED if num_failed and not who else 0
+
+
+@distributed.ends_together  # they part here, so that none waits for, or dies with, another
+def _begin(args: argparse.Namespace) -> Task:
+    """All that can be wrong with what was given; and the student, where there is work for it.
+
+    Raises:
+      UserError: something is.
+    """
+    items = corpus.read_manifest(files.locate(args.manifest))
+    config, judge = _run_config(args.checkpoint), _identity(args.checkpoint)
+    threshold = _exit_threshold(args, config)
+    settings = judge | {"budget": args.budget, "exit_threshold": threshold}
+    rows = hashlib.sha256(repr(items).encode("utf-8", "surrogateescape")).hexdigest()
+    distributed.check_same(
+        "command", json.dumps(settings | {"out": str(args.out), "manifest": rows})
+    )
+    home = Corpus(args.out)
+    claimed = {"run": str(args.checkpoint)} | settings
+    done = set(distributed.on_main(lambda: home.claim(claimed, items)))
+    home.check_shared()
+    mine = corpus.share(items, jax.process_index(), jax.process_count())
+    left = [item for item in mine if item.id not in done]
+    home.clear(left)
+    # By all or by none: processes open checkpoints together.
+    finished = {item.id for item in items} <= done
+    return Task(
+        corpus=home,
+        items=items,
+        mine=mine,
+        left=left,
+        student=None if finished else Student(args.checkpoint),
+        threshold=threshold,
+    )
+
+
+def _identity(run: epath.Path) -> dict[str, Any]:
+    """Which checkpoint of which run judges, wherever the run's folder is."""
+    with checkpoints.Checkpoints(run / runs.CHECKPOINT_FOLDER) as saved:
+        step = saved.best_step
+    digest = hashlib.sha256()
+    # Orbax notes there when it wrote the step.
+    written = f"{runs.CHECKPOINT_FOLDER}/{step}/_CHECKPOINT_METADATA"
+    for name in (runs.TOKENIZER_FILE, runs.TEMPLATE_FILE, written):
+        with files.open_binary(run / name) as stream:
+            digest.update(stream.read())
+    return {"step": step, "digest": digest.hexdigest()[:16]}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Opened:
+    """A film, and the copies of its files that last until it is closed."""
+
+    film: Film
+    copies: contextlib.ExitStack
+    summary: dict[str, Any] | None = None  # when it is scored
+
+    @property
+    def num_bytes(self) -> int:
+        return self.film.num_bytes()
+
+    def close(self) -> None:
+        self.copies.close()
+
+
+def make_steps(task: Task, *, budget: float) -> corpus.Steps[_Opened, _Opened]:
+    """What is done with every video of a corpus."""
+    student = task.student
+    exit_layers = student.model_config.exit_layers
+
+    def read(item: Item) -> _Opened:
+        with contextlib.ExitStack() as copies:
+            path, words = _fetch(copies, item.video, item.subtitles)
+            with _named(path, item.video), _named(words, item.subtitles):
+                film = read_film(
+                    path,
+                    size=student.model_config.img.image_size,
+                    resize=student.encoder.resize,
+                    title=item.title,
+                    subtitles_path=words,
+                    name=os.fspath(item.video),
+                )
+                _check_length(film, budget)
+            return _Opened(film=film, copies=copies.pop_all())
+
+    def score(opened: _Opened) -> _Opened:
+        film = opened.film
+        bounds, scores = student.score(film.video, one_shape=True)
+        try:
+            summary = choose(
+                film, bounds, scores, exit_layers, budget=budget, threshold=task.threshold
+            )
+        except Exception as error:
+            raise VideoError from error
+        return dataclasses.replace(opened, film=film.without_pictures(), summary=summary)
+
+    def write(item: Item, scored: _Opened) -> str:
+        summary = scored.summary | {"row": item.row}
+        with task.corpus.folder(item) as folder, _named(scored.film.path, item.video):
+            depth = student.model_config.llm.depth
+            write_outputs(scored.film, summary, folder, num_layers=depth)
+        layers = [segment["exit_layer"] for segment in summary["segments"]]
+        return (
+            f"{summary['duration_s']:.1f} s cut to {summary['selected_s']:.1f} s, exit layer "
+            f"{sum(layers) / len(layers):.1f}"
+        )
+
+    return corpus.Steps(read=read, score=score, write=write)
+
+
+# ---- Files in buckets ----
+
+
+def _fetch(
+    copies: contextlib.ExitStack, video: str | os.PathLike, words: str | os.PathLike | None
+) -> tuple[str | os.PathLike, str | os.PathLike | None]:
+    """A video and its subtitles, or copies that last as long as `copies` of what is in a bucket.
+
+    Raises:
+      UserError: one of them is in a bucket, and cannot be read.
+    """
+
+    def here(given: str | os.PathLike, beside: Sequence[str] = ()) -> str | os.PathLike:
+        if not files.in_bucket(given):
+            return given
+        return copies.enter_context(files.local_copy(files.locate(given), beside))
+
+    path = here(video, subtitles.SUFFIXES if words is None else ())
+    return path, None if words is None else here(words)
+
+
+@contextlib.contextmanager
+def _named(path: str | os.PathLike | None, given: str | os.PathLike | None) -> Iterator[None]:
+    """Mistakes are told of the address that was given, rather than of its copy."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace(str(path), str(given))) from error
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from deevisum_jax.convert.tensors import Tensor, cast, named_dtype
 from deevisum_jax.data import prompts, tokenizer
 from deevisum_jax.data.tokenizer import Tokenizer
 from deevisum_jax.errors import UserError
-from deevisum_jax.files import check_local, check_room, read_json, whole_folder, writing
+from deevisum_jax.files import check_local, check_room, exists, read_json, whole_folder, writing
 from deevisum_jax.initialization import FromReleased, FromRun, FromWeights
 from deevisum_jax.models import paligemma2
 from deevisum_jax.models.paligemma2 import PaliGemma2Config, Params
@@ -280,7 +280,7 @@ def _read_report(source: Source) -> dict[str, Any] | None:
     if source.run is None:
         return None
     file = source.start.folder / "report.json"
-    return read_json(file, "evaluate the run again") if file.exists() else None
+    return read_json(file, "evaluate the run again") if exists(file) else None
 
 
 def _base_model(origin: str | None) -> str | None:

@@ -24,7 +24,8 @@ from jax.experimental.compilation_cache import compilation_cache
 from deevisum_jax import config as config_lib
 from deevisum_jax import datasets, experiment
 from deevisum_jax.data import tokenizer
-from tests import checkpoint_files
+from tests import checkpoint_files, untrained
+from tests.gcs_server import bucket, gcs, gcs_server  # noqa: F401  fixtures
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 TINY_CONFIG = REPO / "configs" / "tiny.py"
@@ -60,6 +61,12 @@ def tiny_config(data_dir):
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory) -> pathlib.Path:
+    """The workdir of a run whose model is tiny and has learned nothing."""
+    return untrained.make_run(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """How commands end on a mistake of the person who gave them."""
 
+import errno
+
 import pytest
 
 from deevisum_jax import errors
@@ -36,6 +38,38 @@ def test_an_interrupt_is_no_traceback(capsys):
 
     assert command() == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_preemption_notice_is_status_75(capsys):
+    @errors.exits_cleanly
+    def command() -> int:
+        raise errors.PreemptedError("step 7 of 9 is done and saved")
+
+    assert command() == 75
+    assert capsys.readouterr().err == (
+        "stopped by a preemption notice: step 7 of 9 is done and saved; the same command again "
+        "goes on\n"
+    )
+
+
+def test_what_a_disk_refuses_is_a_message(capsys):
+    @errors.exits_cleanly
+    def command() -> int:
+        with open("/dev/full", "wb", buffering=0) as file:
+            return file.write(b"text")
+
+    assert command() == 2
+    assert "cannot be written or read (No space left on device)" in capsys.readouterr().err
+
+
+def test_what_a_disk_refuses_is_told_to_other_processes_alike():
+    assert errors.outcome(OSError(errno.ENOSPC, "No space left", "metrics.jsonl")) == (
+        2, "metrics.jsonl cannot be written or read (No space left); mend that and give the same "
+        "command again",
+    )  # fmt: skip
+    assert errors.outcome(OSError(errno.EPIPE, "Broken pipe")) == (
+        1, "BrokenPipeError: [Errno 32] Broken pipe",
+    )  # fmt: skip
 
 
 def test_success_and_errors_of_ours_pass_through():

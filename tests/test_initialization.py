@@ -12,14 +12,24 @@ import safetensors.numpy
 from etils import epath
 from jax.sharding import PartitionSpec as P
 
-from deevisum_jax import checkpoints, experiment, initialization, main, runs, sharding, weights
+from deevisum_jax import (
+    checkpoints,
+    experiment,
+    files,
+    initialization,
+    main,
+    runs,
+    sharding,
+    weights,
+)
 from deevisum_jax import config as config_lib
 from deevisum_jax.convert import huggingface, released, rows
 from deevisum_jax.convert.safetensors import write_safetensors_file
 from deevisum_jax.data import tokenizer
 from deevisum_jax.errors import UserError
 from deevisum_jax.models import paligemma2
-from tests.checkpoint_files import write_big_vision, write_hugging_face
+from tests import process_work, processes
+from tests.checkpoint_files import write_big_vision, write_hugging_face, write_run
 from tests.conftest import TINY_CONFIG, TINY_MESH
 
 
@@ -90,7 +100,8 @@ def test_weights_of_big_vision_land_on_the_mesh_with_fresh_exits(
     model = dataclasses.replace(config, exit_layers=(2, 4))
     params = load(start_config(npz), model)
     assert_same(params, trained)
-    assert params["llm"]["layers"]["mlp"]["linear"].sharding.spec == P(None, "tensor", "fsdp")
+    linear = params["llm"]["layers"]["mlp"]["linear"]
+    assert linear.sharding.spec == P(None, "tensor", sharding.FSDP_AXES)
     fresh = paligemma2.init_params(model, jax.random.key(0))["exits"]
     # Compiled alone, the last bit of a draw may differ.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params["exits"], fresh)
@@ -144,6 +155,16 @@ def test_a_run_keeps_its_settings_when_its_source_is_gone(folder, start_config, 
     settled, start = initialization.settle(gone, workdir)
     assert settled.model.sliding_window == 4096
     assert start is None
+
+
+def test_a_run_killed_in_its_first_save_to_a_bucket_begins_where_it_was_told(
+    folder, start_config, bucket
+):
+    workdir = bucket / "run"
+    runs.claim(workdir, initialization.settle(start_config(folder), workdir)[0])
+    files.write_whole(workdir / "checkpoints" / "2" / "params" / "_METADATA", "{}")
+    _, start = initialization.settle(start_config(folder), workdir)
+    assert start.origin == folder
 
 
 def test_from_scratch_the_variant_s_own_settings_stand(tiny_config, tmp_path):
@@ -412,3 +433,14 @@ def test_training_starts_from_released_weights_and_keeps_what_export_needs(
         {name: params[name] for name in ("img", "llm")},
         trained,
     )
+
+
+def test_processes_together_read_what_one_reads(npz, folder, tokens, tiny_config, tmp_path):
+    weights.convert(weights.open_source(npz), tmp_path / "converted")
+    write_run(tmp_path / "run", tiny_config())
+    starts = [npz, folder, str(tmp_path / "converted"), str(tmp_path / "run")]
+    expected = process_work.load(starts, str(tokens))
+    assert len(set(expected.values())) == 2  # three forms of one model, and another
+    for process in processes.run_function(2, "load", starts, str(tokens), timeout_s=150):
+        assert process.status == 0, process.err
+        assert json.loads(process.out.splitlines()[-1]) == expected

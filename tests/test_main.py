@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -17,14 +18,25 @@ import jax
 import numpy as np
 import optax
 import pytest
+from etils import epath
 
-from deevisum_jax import checkpoints, main, sharding, training_log
+from deevisum_jax import checkpoints, datasets, main, preemption, sharding, training_log
 from deevisum_jax import config as config_lib
+from deevisum_jax.data import tokenizer
+from deevisum_jax.errors import UserError
 from deevisum_jax.models import paligemma2
 
 REPO = pathlib.Path(__file__).parent.parent
 CONFIG = str(REPO / "configs" / "tiny.py")
 MESH = [f"--config.mesh.{axis}=2" for axis in sharding.MESH_AXES]
+
+
+@pytest.fixture(autouse=True)
+def handler_as_before():
+    """A process that was told to stop ignores what is told it later."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 class KillError(Exception):
@@ -75,9 +87,9 @@ def lines(workdir: pathlib.Path) -> list[dict[str, float]]:
 def final_params(workdir: pathlib.Path, step: int = 6):
     config = config_lib.load(workdir / "config.json")
     with jax.set_mesh(sharding.make_mesh(**dataclasses.asdict(config.mesh))):
-        abstract = main.Run(config, workdir, None)._abstract_params
+        run = main.Run(config, epath.Path(workdir), None, preemption.Notice())
         with checkpoints.Checkpoints(workdir / "checkpoints") as saved:
-            return saved.restore_params(step, abstract)
+            return saved.restore_params(step, run._abstract_params)
 
 
 def saved_steps(workdir: pathlib.Path) -> set[int]:
@@ -112,7 +124,7 @@ def test_a_run_leaves_what_it_promises(finished):
 
 def test_what_is_validated_is_saved_and_the_best_of_it_kept(command, tmp_path, monkeypatch):
     taus = iter([0.9, 0.1])  # at steps 3 and 6; saved are 3 and 4 and 6
-    monkeypatch.setattr(main.Run, "_validate", lambda *_: {"tau": next(taus)})
+    monkeypatch.setattr(main.Run, "_validate", lambda *_, **__: {"tau": next(taus)})
     flags = ("eval.every_steps=3", "checkpoint.every_steps=4", "checkpoint.keep=1")
     flags = (*flags, "eval.ablate_inputs=False")
     assert command(tmp_path / "run", *(f"--config.{flag}" for flag in flags)) == 0
@@ -151,6 +163,96 @@ def test_a_killed_run_goes_on_to_the_same_numbers_to_the_bit(
     assert json.loads((workdir / "report.json").read_text()) == json.loads(
         (finished / "report.json").read_text()
     )
+
+
+@pytest.fixture
+def tell_at(monkeypatch):
+    """A preemption notice comes when the update of this step is done."""
+
+    def arm(step: int) -> None:
+        advance = training_log.TrainingLog.advance
+
+        def told(self):
+            advance(self)
+            if self._bar.n == step:
+                signal.raise_signal(signal.SIGTERM)
+
+        monkeypatch.setattr(training_log.TrainingLog, "advance", told)
+
+    yield arm
+    monkeypatch.undo()
+
+
+def test_a_run_that_gets_a_notice_goes_on_to_the_same_numbers(
+    finished, command, tell_at, tmp_path, monkeypatch, capfd
+):
+    workdir = tmp_path / "run"
+    tell_at(2)  # which is saved; the notice is heeded at the next
+    assert command(workdir) == 75
+    assert capfd.readouterr().err.splitlines()[-1] == (
+        "stopped by a preemption notice: step 3 of 6 is done and saved; the same command again "
+        "goes on"
+    )
+    assert saved_steps(workdir) == {2, 3}
+    monkeypatch.undo()
+    assert command(workdir) == 0
+    assert lines(workdir) == lines(finished)
+    jax.tree.map(np.testing.assert_array_equal, final_params(workdir), final_params(finished))
+    assert (workdir / "report.json").read_text() == (finished / "report.json").read_text()
+
+
+def test_a_notice_while_it_validates_loses_neither_the_step_nor_its_scores(
+    finished, command, tmp_path, monkeypatch, capfd
+):
+    workdir, validate = tmp_path / "run", main.Run._validate
+
+    def told(*args, **kwargs):
+        signal.raise_signal(signal.SIGTERM)
+        return validate(*args, **kwargs)
+
+    monkeypatch.setattr(main.Run, "_validate", told)
+    assert command(workdir) == 75
+    assert "step 4 of 6 is done and saved" in capfd.readouterr().err
+    assert not any("validation/tau" in line for line in lines(workdir))
+    monkeypatch.undo()
+    assert command(workdir) == 0
+    assert lines(workdir) == lines(finished)
+    assert (workdir / "report.json").read_text() == (finished / "report.json").read_text()
+
+
+def test_a_notice_in_the_final_evaluation_leaves_it_to_the_next_start(
+    finished, command, tmp_path, monkeypatch, capfd
+):
+    workdir, predict = tmp_path / "run", main.Run._predict
+    shutil.copytree(finished, workdir)
+    (workdir / "report.json").unlink()
+
+    def told(*args, **kwargs):
+        signal.raise_signal(signal.SIGTERM)
+        return predict(*args, **kwargs)
+
+    monkeypatch.setattr(main.Run, "_predict", told)
+    assert command(workdir) == 75
+    assert "all that is trained is saved, and not evaluated yet" in capfd.readouterr().err
+    assert not (workdir / "report.json").exists()
+
+
+def test_a_notice_while_data_is_built_is_heeded_at_once_and_leaves_nothing_half_done(
+    command, tmp_path, monkeypatch, capfd
+):
+    train = tokenizer.train_tokenizer
+
+    def told(texts, path, **kwargs):
+        def some():
+            yield "text"
+            signal.raise_signal(signal.SIGTERM)
+
+        return train(some(), path, **kwargs)
+
+    monkeypatch.setattr(tokenizer, "train_tokenizer", told)
+    assert command(tmp_path / "run") == 75
+    assert "there was nothing to save" in capfd.readouterr().err
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.json", "template.txt"}
 
 
 def test_a_process_that_dies_while_it_saves_goes_on_to_the_same_numbers(
@@ -232,22 +334,47 @@ def test_a_run_can_start_from_the_parameters_of_another(finished, command, kill_
     assert (workdir / "tokenizer.model").read_bytes() == (finished / "tokenizer.model").read_bytes()
 
 
-def test_numbers_that_are_not_finite_are_never_saved(command, tmp_path, monkeypatch, capfd):
-    place, calls = sharding.place_batch, []
+def test_numbers_that_are_not_finite_are_never_saved_and_their_batch_is_told(
+    command, tmp_path, monkeypatch, capfd
+):
+    place, placed = sharding.place_batch, []
 
     def poisoned(fields, mesh):
-        calls.append(fields)
+        placed.append(fields)
         return place(
-            fields | {"score": fields["score"] * np.nan} if len(calls) > 2 else fields, mesh
+            fields | {"score": fields["score"] * np.nan} if len(placed) > 2 else fields, mesh
         )
 
     monkeypatch.setattr(sharding, "place_batch", poisoned)
-    assert command(tmp_path / "run", "--config.log_every=100") == 2
+    workdir = tmp_path / "run"
+    assert command(workdir, "--config.log_every=100") == 2
     last = capfd.readouterr().err.splitlines()[-1]
     assert last.startswith("error: ")
     assert "loss/total" in last
-    assert "not finite at step 4, after step 2" in last
-    assert saved_steps(tmp_path / "run") == {2}
+    assert "not finite at step 3, the first" in last
+    assert saved_steps(workdir) == {2}
+    told = json.loads((workdir / "nonfinite.json").read_text())
+    assert told["step"] == 3
+    assert told["metrics"]["loss/total"] == "nan"
+    assert told["metrics"]["loss/token"] > 0
+    records = datasets.Dataset(
+        "synthetic/tiny", config_lib.load(workdir / "config.json").data.data_dir
+    ).split("train")
+    for row, video, segment in zip(
+        told["batch"], placed[2]["video_id"], placed[2]["segment"], strict=True
+    ):
+        assert row["video_id"] == records[int(video)]["video_id"]
+        assert row["segment"] == segment
+        assert row["start_s"] == 2 * segment
+
+
+def test_a_run_never_begins_from_scratch_where_it_was_to_begin_elsewhere(finished):
+    config = config_lib.load(finished / "config.json")
+    config = dataclasses.replace(config, initialization="another")
+    with jax.set_mesh(sharding.make_mesh(**dataclasses.asdict(config.mesh))):
+        run = main.Run(config, epath.Path(finished), None, preemption.Notice())
+        with pytest.raises(UserError, match="holds no complete checkpoint to go on from; delete"):
+            run._first_state()
 
 
 def refused(capfd, status: int) -> str:

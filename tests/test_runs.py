@@ -6,8 +6,9 @@ import pathlib
 
 import pytest
 
-from deevisum_jax import runs
-from deevisum_jax.errors import UserError
+from deevisum_jax import distributed, experiment, files, initialization, runs
+from deevisum_jax.data import tokenizer
+from deevisum_jax.errors import PreemptedError, UserError
 from tests.checkpoint_files import claim, with_checkpoint
 
 
@@ -111,8 +112,54 @@ def test_a_run_of_before_its_settings_were_written_goes_on(tmp_path, tiny_config
         claim(tmp_path, tiny_config("model.image_size=56"))
 
 
+def test_who_stops_while_all_look_for_a_file_does_not_wait_for_the_others(tmp_path, monkeypatch):
+    def stop(look):
+        monkeypatch.setattr(distributed, "on_main", lambda work: pytest.fail("it waits"))
+        raise PreemptedError("a notice came")
+
+    monkeypatch.setattr(distributed, "is_alone", lambda: False)
+    monkeypatch.setattr(distributed, "everywhere", stop)
+    with pytest.raises(PreemptedError):
+        runs._check_shared(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_rows_behind_another_start_s_vocabulary_do_not_stay(tmp_path, tiny_config):
     claim(tmp_path, tiny_config())
     (tmp_path / runs.PADDING_FILE).write_bytes(b"of that start")
     claim(tmp_path, tiny_config("seed=1"))
     assert not (tmp_path / runs.PADDING_FILE).exists()
+
+
+def test_a_run_lives_in_a_bucket(bucket, tiny_config):
+    workdir = bucket / "run"
+    assert claim(workdir, tiny_config()) == tiny_config()
+    template = experiment.make_template(tiny_config(), workdir)
+    made = experiment.make_tokenizer(
+        tiny_config(), workdir, template, [], tokenizer.train_tokenizer(
+            ["quite", "another"], bucket / "given.model", vocab_size=280
+        )
+    )  # fmt: skip
+    initialization.keep(workdir, None, experiment.model_config(tiny_config(), made))
+    names = ["config.json", "origin.json", "template.txt", "tokenizer.model"]
+    assert sorted(path.name for path in workdir.iterdir()) == names
+    assert experiment.given_tokenizer(tiny_config(), workdir, None).pieces == made.pieces
+    files.write_whole(workdir / "checkpoints" / "100" / "metadata", "{}")
+    assert not runs.has_checkpoint(workdir)  # a step has its name from the beginning
+    files.write_whole(workdir / "checkpoints" / "100" / "commit_success.txt", "")
+    assert runs.has_checkpoint(workdir)
+    runs.check(workdir, tiny_config())
+    with pytest.raises(UserError, match=r"another config.*set back seed: 0 -> 1"):
+        claim(workdir, tiny_config("seed=1"))
+
+
+def test_buckets_that_cannot_be_had(gcs, bucket, tiny_config):
+    files.write_whole(bucket / "thesis.tex", "all of it")
+    with pytest.raises(UserError, match="is not empty and holds no run of ours"):
+        runs.claim(bucket, tiny_config())
+    absent = files.locate("gs://absent/run")
+    assert not runs.has_checkpoint(absent)
+    with pytest.raises(UserError, match="there is no bucket gs://absent; correct the address"):
+        runs.claim(absent, tiny_config())
+    with pytest.raises(UserError, match="you have no right to"):
+        runs.claim(files.locate("gs://read-only/run"), tiny_config())

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import errno
-import functools
 import itertools
 import json
 import os
 import pathlib
 import shutil
+import signal
+import time
 import types
 
 import av
-import grain
 import jax
 import numpy as np
-import optax
 import pytest
 
-from deevisum_jax import checkpoints, experiment, runs, sharding, summarize, train_step
 from deevisum_jax import config as config_lib
+from deevisum_jax import files, summarize
 from deevisum_jax.data.segments import segment_bounds
 from deevisum_jax.data.video import decode_video
 from deevisum_jax.inference.scoring import SegmentScores
 from deevisum_jax.models import paligemma2
 from deevisum_jax.summary import render, report, select
+from tests import untrained
 from tests.media import solid_frames, stream_durations, write_video
 
 pytestmark = pytest.mark.usefixtures("compile_once")
@@ -33,26 +33,6 @@ FPS = 12
 SCENES_S = (1.5, 3.0, 0.75, 2.25, 1.0, 3.5, 1.25, 2.75)  # 16 s
 DURATION_S = sum(SCENES_S)
 RATE = 16_000
-
-
-@pytest.fixture(scope="session")
-def run(tmp_path_factory) -> pathlib.Path:
-    """The workdir of a run whose model is tiny and has learned nothing."""
-    folder = tmp_path_factory.mktemp("run")
-    config = config_lib.from_file(str(pathlib.Path(__file__).parent.parent / "configs" / "tiny.py"))
-    runs.claim(folder, config)
-    template = experiment.make_template(config, folder)
-    tokens = experiment.make_tokenizer(config, folder, template, records=[], given=None)
-    save_checkpoint(folder, config, experiment.model_config(config, tokens))
-    return folder
-
-
-def save_checkpoint(folder, config, model_config) -> None:
-    params = paligemma2.init_params(model_config, jax.random.key(0))
-    state = train_step.init_state(params, optax.sgd(0.1))
-    data_iter = iter(grain.MapDataset.range(1).to_iter_dataset())
-    with checkpoints.Checkpoints(folder / runs.CHECKPOINT_FOLDER, config.checkpoint) as saved:
-        saved.save(1, state, data_iter, None)
 
 
 @pytest.fixture(scope="session")
@@ -336,7 +316,7 @@ def with_other_model(folder):
     config = config_lib.load(folder / "config.json")
     shutil.rmtree(folder / "checkpoints")
     wider = paligemma2.get_config("tiny", llm={"mlp_dim": 128}, exit_layers=(2, 4))
-    save_checkpoint(folder, config, wider)
+    untrained.save_checkpoint(folder, config, wider)
 
 
 @pytest.mark.parametrize(
@@ -415,6 +395,76 @@ def test_an_empty_folder_is_filled_in_place(run, videos, tmp_path):
     assert (left / "summary.json").read_text() == "half"
 
 
+def test_video_words_model_and_summary_may_be_in_a_bucket(bucket, run, videos, tmp_path):
+    for path in (path for path in run.rglob("*") if path.is_file()):
+        files.write_whole(bucket / "run" / path.relative_to(run).as_posix(), path.read_bytes())
+    files.write_whole(bucket / "talk.mkv", (videos / "mute.mkv").read_bytes())
+    words = "1\n00:00:01,000 --> 00:00:03,000\nGood evening\n"
+    files.write_whole(bucket / "talk.en.srt", words)
+    assert command(bucket / "talk.mkv", bucket / "run", bucket / "new" / "out") == 0
+    summary = json.loads((bucket / "new" / "out" / "summary.json").read_text())
+    assert (summary["video"], summary["title"]) == (str(bucket / "talk.mkv"), "talk")
+    assert "Good evening" in (bucket / "new" / "out" / "report.html").read_text()
+    film = tmp_path / "film.mp4"
+    film.write_bytes((bucket / "new" / "out" / "summary.mp4").read_bytes())
+    native_times = decode_video(videos / "mute.mkv", size=(8, 8)).native_times
+    check_summary(summary, film, native_times)
+
+
+def test_words_in_a_bucket_go_with_a_video_that_is_here(bucket, run, videos, tmp_path, capsys):
+    words = "1\n00:00:01,000 --> 00:00:03,000\nGood evening\n"
+    for name, text in (("words.srt", words), ("bad.srt", "1\nsoon --> later\nHello\n")):
+        files.write_whole(bucket / name, text)
+    flags = ("--subtitles", str(bucket / "words.srt"))
+    assert command(videos / "mute.mkv", run, tmp_path / "out", *flags) == 0
+    assert "Good evening" in (tmp_path / "out" / "report.html").read_text()
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    capsys.readouterr()
+    for name, message in (("absent.srt", "does not exist"), ("bad.srt", "cannot read the timing")):
+        flags = ("--subtitles", str(bucket / name))
+        said = refused(capsys, folder, command(videos / "mute.mkv", run, folder / "out", *flags))
+        assert said.startswith(f"error: {bucket / name}")
+        assert message in said
+
+
+def test_a_notice_leaves_nothing_of_one_video(run, videos, tmp_path, capsys, monkeypatch):
+    def noticed(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)  # where it interrupts
+
+    monkeypatch.setattr(summarize.Student, "score", noticed)
+    assert command(videos / "mute.mkv", run, tmp_path / "out") == 75
+    assert "the same command again goes on" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_video_in_a_bucket_is_called_by_its_address(bucket, run, videos, tmp_path, capsys):
+    for name, message in (("text.mp4", "not a video file"), ("absent.mp4", "does not exist")):
+        if name != "absent.mp4":
+            files.write_whole(bucket / name, (videos / name).read_bytes())
+        said = refused(capsys, tmp_path, command(bucket / name, run, tmp_path / "out"))
+        assert said.startswith(f"error: {bucket / name}")
+        assert message in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "give either one VIDEO or a --manifest"),
+        (["a.mp4", "--manifest", "b.csv"], "give either one VIDEO or a --manifest"),
+        (["--manifest", "b.csv", "--title", "x"], "--title: a --manifest has a column for it"),
+        (["--manifest", "b.csv", "--subtitles", "x"], "--subtitles: a --manifest has a column"),
+        (["a.mp4", "--num_processes", "2"], "--num_processes: is for a --manifest"),
+    ],
+)
+def test_one_video_and_many_have_flags_of_their_own(capsys, flags, message):
+    with pytest.raises(SystemExit) as stop:
+        summarize.main([*flags, "--checkpoint", "run", "--out", "out"])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_name_that_is_no_text_is_shown_with_question_marks(run, videos, tmp_path, capsys):
     video = os.fsdecode(bytes(tmp_path) + b"/caf\xe9.mkv")
     shutil.copy(videos / "mute.mkv", video)
@@ -474,9 +524,8 @@ def test_scores_do_not_depend_on_the_number_of_devices(run, videos, monkeypatch)
     found = []
     for count in (8, 3, 1):  # 8 segments, so 3 devices take a batch of 9
         devices = jax.devices()[:count]
-        mesh = functools.partial(sharding.fitting_mesh, devices=devices)
         with monkeypatch.context() as patch:
-            patch.setattr(sharding, "fitting_mesh", mesh)
+            patch.setattr(jax, "local_devices", lambda devices=devices: devices)
             bounds, scores = summarize.Student(run).score(film.video)
         assert scores.importance.shape == (2, len(bounds)) == (2, 8)
         found.append(scores)

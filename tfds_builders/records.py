@@ -102,6 +102,24 @@ class Records(Sequence):
         return record
 
 
+def make_builder(
+    builder_cls: type[tfds.core.GeneratorBasedBuilder],
+    data_dir: str | os.PathLike,
+    config: str | tfds.core.BuilderConfig,
+) -> tfds.core.DatasetBuilder:
+    """The builder of a data set, which may be under `data_dir` or not; nothing is written.
+
+    Raises:
+      UserError: the builder has no config of this name.
+    """
+    names = [known.name for known in builder_cls.BUILDER_CONFIGS]
+    if isinstance(config, str) and config not in names:
+        raise UserError(
+            f"data set {builder_cls.name} has no config {config!r}; {closest(config, names)}"
+        )
+    return builder_cls(data_dir=os.fspath(data_dir), config=config, file_format="array_record")
+
+
 def build(
     builder_cls: type[tfds.core.GeneratorBasedBuilder],
     data_dir: str | os.PathLike,
@@ -112,12 +130,7 @@ def build(
     Raises:
       UserError: the builder has no config of this name.
     """
-    names = [known.name for known in builder_cls.BUILDER_CONFIGS]
-    if isinstance(config, str) and config not in names:
-        raise UserError(
-            f"data set {builder_cls.name} has no config {config!r}; {closest(config, names)}"
-        )
-    builder = builder_cls(data_dir=os.fspath(data_dir), config=config, file_format="array_record")
+    builder = make_builder(builder_cls, data_dir, config)
     builder.download_and_prepare()
     return builder
 

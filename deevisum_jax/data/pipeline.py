@@ -1,7 +1,7 @@
 """Grain pipelines from video records to batches of segments.
 
-A `SegmentSource` is a random-access list of all segments of all videos. Grain shuffles it by seed,
-shards it by process, batches it and gives an iterator whose position can be saved and restored.
+A `SegmentSource` is a random-access list of all segments of all videos. Grain shuffles it by seed;
+every process reads its own rows of the same global batches, however many processes there are.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -225,44 +226,100 @@ class _VideoCache:
         return cached
 
 
+class TrainIterator(Iterator[dict[str, np.ndarray]]):
+    """Endless shuffled batches, as dicts of the fields of a `Batch`.
+
+    Where it stands is a number of global batches, the same in every process. So what one number of
+    processes saved, another can go on from.
+    """
+
+    def __init__(
+        self,
+        source: SegmentSource,
+        *,
+        batch_size: int,
+        seed: int,
+        rows: Sequence[int],
+        num_threads: int,
+    ) -> None:
+        self._shuffled = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+        self._batch_size, self._rows, self._num_threads = batch_size, rows, num_threads
+        # What the order depends on.
+        self._order = {"segments": len(source), "seed": seed, "batch_size": batch_size}
+        self._taken = 0
+        self._batches: Iterator[dict[str, np.ndarray]] | None = None
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        if self._batches is None:
+            following = grain.MapDataset.range(self._taken, sys.maxsize // self._batch_size)
+            self._batches = iter(
+                following.map(self._read).to_iter_dataset(
+                    grain.ReadOptions(num_threads=self._num_threads, prefetch_buffer_size=8)
+                )
+            )
+        batch = next(self._batches)
+        self._taken += 1
+        return batch
+
+    def _read(self, batch: int) -> dict[str, np.ndarray]:
+        first = batch * self._batch_size
+        return _stack([self._shuffled[int(first + row)] for row in self._rows])
+
+    def get_state(self) -> dict[str, int]:
+        """Batches taken, and what their order depends on."""
+        return {"batches": self._taken, **self._order}
+
+    def set_state(self, state: Mapping[str, int]) -> None:
+        """Goes on where another of the same data stood.
+
+        Raises:
+          UserError: it was of other data.
+        """
+        differing = [
+            f"{name}={value}, not {state.get(name)}"
+            for name, value in self._order.items()
+            if state.get(name) != value
+        ]
+        if differing:
+            raise UserError(
+                "the training data is not what the checkpoint was made with: "
+                f"{'; '.join(differing)}; bring the same data set back (data.data_dir), or give "
+                "--workdir a new folder"
+            )
+        self._taken, self._batches = state["batches"], None
+
+
 def train_iterator(
     source: SegmentSource,
     *,
     batch_size: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     num_threads: int = 2,
-) -> grain.DatasetIterator:
-    """Endless shuffled batches of this process's share, as dicts of the fields of a `Batch`.
+) -> TrainIterator:
+    """Endless shuffled batches of this process's share.
 
     Args:
       source: the segments.
       batch_size: global batch size, over all processes.
       seed: fixes the order; every epoch has its own.
-      process_index: this process.
-      process_count: number of processes; divides `batch_size`.
+      rows: of every global batch, those of this process, which alone are read; None = all.
       num_threads: threads that decode.
 
     Raises:
-      UserError: the batch is larger than the data or not divisible by the processes.
+      UserError: the batch is larger than the data.
     """
-    if batch_size % process_count:
-        raise UserError(
-            f"batch_size={batch_size} is not divisible by the {process_count} processes; "
-            f"use a multiple of {process_count}"
-        )
     if batch_size > len(source):
         raise UserError(
             f"batch_size={batch_size} exceeds the {len(source)} segments of the training split; "
             "lower batch_size"
         )
-    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
-    dataset = dataset[process_index::process_count].batch(
-        batch_size // process_count, drop_remainder=True
-    )
-    return iter(
-        dataset.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=8))
+    return TrainIterator(
+        source,
+        batch_size=batch_size,
+        seed=seed,
+        rows=range(batch_size) if rows is None else rows,
+        num_threads=num_threads,
     )
 
 
@@ -270,17 +327,22 @@ def in_order(
     source: Sequence[dict[str, np.ndarray]],
     *,
     batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Every segment once, in order; the last batch is filled up with rows of `valid=False`.
 
-    All processes see the same number of batches; each gets its consecutive rows of every one.
+    Args:
+      source: the segments.
+      batch_size: global batch size.
+      rows: as in `train_iterator`; all processes see the same number of batches.
     """
-    local = batch_size // process_count
-    for start in range(0, len(source), batch_size):
-        first = start + process_index * local
-        rows = [source[min(i, len(source) - 1)] for i in range(first, first + local)]
-        batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-        batch["valid"] &= np.arange(first, first + local) < len(source)
+    rows = np.arange(batch_size) if rows is None else np.asarray(rows)
+    for first in range(0, len(source), batch_size):
+        indices = first + rows
+        batch = _stack([source[min(int(i), len(source) - 1)] for i in indices])
+        batch["valid"] &= indices < len(source)
         yield batch
+
+
+def _stack(rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

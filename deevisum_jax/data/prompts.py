@@ -10,13 +10,14 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import importlib.resources
-import pathlib
+import os
 import string
 
 import numpy as np
 
 from deevisum_jax.data.tokenizer import BOS, EOS, PAD, Tokenizer
 from deevisum_jax.errors import UserError, closest
+from deevisum_jax.files import exists, locate, open_binary
 
 FIELDS = ("title", "transcript", "sound")
 # The class is one word after the separator. The language model learns to say it; scores are read
@@ -49,7 +50,7 @@ class PromptTemplate:
         return self.text.format(title=title, transcript=transcript, sound=sound)
 
 
-def load_template(name_or_path: str = DEFAULT_TEMPLATE) -> PromptTemplate:
+def load_template(name_or_path: str | os.PathLike[str] = DEFAULT_TEMPLATE) -> PromptTemplate:
     """A template of ours by name (`deevisum`), or a text file of the user's by path.
 
     Raises:
@@ -57,14 +58,20 @@ def load_template(name_or_path: str = DEFAULT_TEMPLATE) -> PromptTemplate:
     """
     ours = importlib.resources.files("deevisum_jax.data") / "templates"
     names = {file.name.removesuffix(".txt"): file for file in ours.iterdir()}
-    file = names.get(name_or_path, pathlib.Path(name_or_path))
-    if not file.is_file():
-        raise UserError(
-            f"prompt template {name_or_path!r} is neither a text file nor a template of ours; "
-            f"{closest(name_or_path, names)}"
-        )
+    name_or_path = os.fspath(name_or_path)
+    if name_or_path in names:
+        content = names[name_or_path].read_bytes()
+    else:
+        file = locate(name_or_path)
+        if not exists(file) or file.is_dir():
+            raise UserError(
+                f"prompt template {name_or_path!r} is neither a text file nor a template of ours; "
+                f"{closest(name_or_path, names)}"
+            )
+        with open_binary(file) as stream:
+            content = stream.read()
     try:
-        return PromptTemplate(file.read_text(encoding="utf-8").rstrip("\n"))
+        return PromptTemplate(content.decode("utf-8").rstrip("\n"))
     except UnicodeDecodeError:
         raise UserError(
             f"prompt template {name_or_path} is no text in UTF-8; save it as such"

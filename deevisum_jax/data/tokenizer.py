@@ -10,14 +10,14 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
-import pathlib
 from collections.abc import Iterable
 
 import sentencepiece
+from etils import epath
 from sentencepiece import sentencepiece_model_pb2
 
 from deevisum_jax.errors import UserError
-from deevisum_jax.files import write_whole
+from deevisum_jax.files import exists, locate, open_binary, write_whole
 
 PAD, EOS, BOS, UNK = 0, 1, 2, 3
 NUM_LOC, NUM_SEG = 1024, 128
@@ -61,12 +61,13 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     Raises:
       UserError: no such file, no SentencePiece model, or another id layout.
     """
-    path = pathlib.Path(path).expanduser()
-    if not path.is_file():
+    path = locate(path)
+    if not exists(path) or path.is_dir():
         raise UserError(
             f"tokenizer {path} is not a file; give the path of paligemma_tokenizer.model"
         )
-    return parse_tokenizer(path.read_bytes(), str(path))
+    with open_binary(path) as stream:
+        return parse_tokenizer(stream.read(), str(path))
 
 
 def parse_tokenizer(model: bytes, path: str) -> Tokenizer:
@@ -103,7 +104,6 @@ def train_tokenizer(
     Raises:
       UserError: `vocab_size` cannot even hold the bytes and characters of the text.
     """
-    path = pathlib.Path(path)
     trained = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -137,14 +137,14 @@ def train_tokenizer(
             type=sentencepiece_model_pb2.ModelProto.SentencePiece.USER_DEFINED,
         )
     model.trainer_spec.vocab_size = len(model.pieces)
-    return _write(model.SerializeToString(), path)
+    return _write(model.SerializeToString(), locate(path))
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: str | os.PathLike[str]) -> Tokenizer:
     """Writes a copy of `tokenizer` to `path`."""
-    return _write(tokenizer.processor.serialized_model_proto(), pathlib.Path(path))
+    return _write(tokenizer.processor.serialized_model_proto(), locate(path))
 
 
-def _write(model: bytes, path: pathlib.Path) -> Tokenizer:
+def _write(model: bytes, path: epath.Path) -> Tokenizer:
     write_whole(path, model)
-    return load_tokenizer(path)
+    return parse_tokenizer(model, str(path))

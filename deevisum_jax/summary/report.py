@@ -1,7 +1,8 @@
-"""Two self-contained HTML pages: one for a summarized video, one for a training run.
+"""HTML pages: one for a summarized video, one for many of them, one for a training run.
 
-No script, no font and no picture is fetched; thumbnails are embedded, charts are inline SVG. Only
-the film beside a video's report is linked, by a relative path.
+No script and no font is fetched, charts are inline SVG. The pages of a video and of a run are
+self-contained, thumbnails embedded; only the film beside a video's report is linked, by a relative
+path. The page of many videos links theirs, and shows their stills from where they are.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from deevisum_jax.errors import UserError
-from deevisum_jax.files import write_whole
+from deevisum_jax.files import in_bucket, write_whole
 from deevisum_jax.summary.protocols import Result
 
 _THUMBNAIL_W = 400  # pixels
@@ -275,6 +276,23 @@ def _timeline(summary: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def write_corpus_index(path: str | os.PathLike, index: Mapping[str, Any]) -> None:
+    """Writes the page of many summarized videos, to lie in the folder that holds theirs.
+
+    Args:
+      path: the HTML file, in a bucket or not.
+      index: the content of index.json: `settings` (`run, step, budget, exit_threshold`), `totals`
+        (`videos, done, failed, left, duration_s, selected_s`) and `videos` (each `id, video,
+        state`; a done one also `title, duration_s, selected_s, shots, mean_exit_layer, still,
+        notes`, a failed one `reason`).
+    """
+    groups = {
+        state: [entry for entry in index["videos"] if entry["state"] == state]
+        for state in ("done", "failed", "left")
+    }
+    _write(path, "corpus.html", **index, groups=groups)
+
+
 def _curve(name: str, steps: Sequence[float], values: Sequence[float]) -> dict[str, Any]:
     """Geometry of one chart: x in 0..1000, y in 0..100 downwards; mean line and min-max band."""
     steps, values = np.asarray(steps, float), np.asarray(values, float)
@@ -376,7 +394,8 @@ def _write(path: str | os.PathLike, template: str, **values: Any) -> None:
     )
     environment.filters |= {"clock": _clock, "number": _number}
     page = environment.get_template(template).render(**values)
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise UserError(f"{path}: the folder {path.parent} does not exist; create it first")
+    if not in_bucket(path):
+        path = Path(path)
+        if not path.parent.is_dir():
+            raise UserError(f"{path}: the folder {path.parent} does not exist; create it first")
     write_whole(path, page)

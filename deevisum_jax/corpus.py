@@ -1,0 +1,675 @@
+"""Many videos, each cut by itself: a list of them, who takes which, what is done and what failed.
+
+Processes share a folder, or a place in a bucket, and nothing else while they work. What is there is
+all that a restart knows: a video is done when its folder is there whole, it has failed when
+`failed/` holds its reason. So any process may be killed at any moment.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import csv
+import dataclasses
+import errno
+import io
+import json
+import os
+import pathlib
+import re
+import shutil
+import threading
+import time
+import unicodedata
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Generic, Protocol, TypeVar
+
+from etils import epath
+
+from deevisum_jax import files
+from deevisum_jax.errors import PreemptedError, UserError, closest
+from deevisum_jax.summary import report
+
+MARKER = "summary.json"  # the last file of a finished video
+SETTINGS_FILE = "corpus.json"
+INDEX_FILE, PAGE_FILE, FAILURES_FILE = "index.json", "index.html", "failures.csv"
+_FAILED_FOLDER = "failed"
+_FILES = (SETTINGS_FILE, INDEX_FILE, PAGE_FILE, FAILURES_FILE)
+_RESERVED = (*_FILES, _FAILED_FOLDER)
+
+# The other files of a finished video, and what a killed writer may have left in its place.
+_PARTS = re.compile(
+    r"report\.html|summary\.mp4|keyframes(/[0-9]+_[0-9.]+s\.jpg)?|\.[^/]+\.partial(/.*)?"
+)
+
+_COLUMNS = ("video", "title", "subtitles", "id")
+_NUM_SHOWN = 10  # problems of a manifest, or of what is there
+_MAX_ID_BYTES = 200
+# Of paths on any system and of addresses of objects, and what `gcloud storage` takes for patterns.
+_UNSAFE = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|#\[\]]')
+
+_NUM_REQUESTS = 16  # at a time, to a bucket
+_NUM_ROUNDS = 5  # of writing the index while others change what it tells
+# Videos decoded at a time, and written at a time; decoders and encoders have threads of their own.
+_NUM_DECODERS = _NUM_WRITERS = max(1, min(4, (os.cpu_count() or 1) // 4))
+# Of decoded pictures and sound; more only for a video that is larger by itself.
+_MAX_BYTES = 8 * 2**30
+_SHOWN_S, _LOOKS_S = 10.0, 0.5  # until a file that one host has written is seen by another
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+class VideoError(Exception):
+    """One video cannot be summarized, which says nothing about the others; why is its cause."""
+
+
+# ---- The list ----
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Item:
+    """A row of a manifest."""
+
+    id: str  # names its folder
+    video: epath.Path
+    title: str | None = None
+    subtitles: epath.Path | str | None = None  # "none" takes none, None looks beside and inside
+
+    @property
+    def row(self) -> dict[str, str | None]:
+        """What its summary is made of; the same wherever the manifest is read from."""
+        words = self.subtitles
+        return {
+            "video": _absolute(self.video),
+            "title": self.title,
+            "subtitles": words if words in (None, "none") else _absolute(words),
+        }
+
+
+def _absolute(path: epath.Path) -> str:
+    return os.fspath(path) if files.in_bucket(path) else printable(os.path.abspath(path))
+
+
+def read_manifest(path: epath.Path) -> list[Item]:
+    """The videos that a CSV file lists, in its order.
+
+    Its first row names the columns: `video` (a path, relative to the manifest's folder, or an
+    address in a bucket) and, where wanted, `title`, `subtitles` ("none" takes none) and `id` (else
+    the name of the file without its ending).
+
+    Raises:
+      UserError: it cannot be read, has other columns or no rows, or rows that cannot be; all of
+        them are named.
+    """
+    with files.open_binary(path) as stream:
+        content = stream.read()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}, line {line}: not UTF-8 text; save the file as UTF-8") from error
+    rows = _rows(path, text)
+    _, header = next(rows, (0, []))
+    if not header:
+        raise UserError(f"{path} is empty; its first row names the columns: {', '.join(_COLUMNS)}")
+    while not header[-1]:  # spreadsheets write them
+        header.pop()
+    _check_columns(path, header)
+    rows = list(rows)
+    if not rows:
+        raise UserError(f"{path} lists no video; give it a row for each, below {','.join(header)}")
+    items: dict[int, Item] = {}
+    problems = []
+    for line, cells in rows:
+        while len(cells) > len(header) and not cells[-1]:
+            cells.pop()
+        if len(cells) > len(header):
+            problems.append(f"line {line} has {len(cells)} cells for {len(header)} columns")
+            continue
+        try:
+            items[line] = _item(path.parent, dict(zip(header, cells, strict=False)))
+        except UserError as error:
+            problems.append(f"line {line}: {error}")
+    problems += _repeated(items)
+    if problems:
+        raise UserError(_lines(f"{path} has rows to correct:", problems))
+    return list(items.values())
+
+
+def _rows(path: epath.Path, text: str) -> Iterator[tuple[int, list[str]]]:
+    """Rows that are not empty, each with the number of its first line."""
+    lines = csv.reader(io.StringIO(text, newline=""), strict=True)
+    while True:
+        line = lines.line_num + 1
+        try:
+            cells = [cell.strip() for cell in next(lines)]
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise UserError(
+                f"{path}, line {line}: no CSV ({error}); mend the quotes, or save it anew with "
+                "commas between the cells"
+            ) from error
+        if any(cells):
+            yield line, cells
+
+
+def _lines(first: str, problems: Sequence[str], *last: str) -> str:
+    more = len(problems) - _NUM_SHOWN
+    shown = [*problems[:_NUM_SHOWN], *([f"and {more} more"] if more > 0 else [])]
+    return "\n".join([first, *(f"  {problem}" for problem in shown), *last])
+
+
+def _check_columns(path: epath.Path, header: Sequence[str]) -> None:
+    for mark, name in ((";", "semicolons"), ("\t", "tabs")):
+        if mark in header[0]:
+            raise UserError(f"{path} has {name} between the cells; save it with commas")
+    unknown = [name for name in header if name not in _COLUMNS]
+    if unknown:
+        advice = "; ".join(f"{name!r}: {closest(name, _COLUMNS)}" for name in unknown)
+        raise UserError(f"{path} has columns that are not known ({advice})")
+    if "video" not in header:
+        raise UserError(f"{path} has no column video, the path of each; it has {', '.join(header)}")
+    if len(set(header)) < len(header):
+        raise UserError(f"{path} names a column twice ({', '.join(header)}); remove one")
+
+
+def _item(home: epath.Path, cells: Mapping[str, str]) -> Item:
+    if not cells["video"]:
+        raise UserError("the column video is empty")
+    subtitles = cells.get("subtitles") or None
+    if subtitles not in (None, "none"):
+        subtitles = _within(home, subtitles)
+    video = _within(home, cells["video"])
+    name = cells.get("id") or video.stem
+    if _UNSAFE.search(name) or name[0] == "." or name[-1] in ". " or not _fits(name):
+        raise UserError(
+            f"id {name!r} is no good name of a folder; give it one in the column id, of letters, "
+            "digits, spaces, - and _"
+        )
+    if _folded(name) in _RESERVED:
+        raise UserError(f"id {name!r} is a file or folder of its own in --out; choose another id")
+    return Item(id=name, video=video, title=cells.get("title") or None, subtitles=subtitles)
+
+
+def _fits(name: str) -> bool:
+    return len(name.encode("utf-8", "surrogateescape")) <= _MAX_ID_BYTES
+
+
+def _within(home: epath.Path, text: str) -> epath.Path:
+    path = files.locate(text)
+    return path if files.in_bucket(path) or path.is_absolute() else home / path
+
+
+def _folded(name: str) -> str:
+    """Equal for names that some file systems cannot tell apart, such as a and A."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def _repeated(items: Mapping[int, Item]) -> list[str]:
+    lines = collections.defaultdict(list)
+    for line, item in items.items():
+        lines[_folded(item.id)].append(line)
+    return [
+        f"lines {', '.join(map(str, where))} have the same id {items[where[0]].id!r}; tell them "
+        "apart in the column id"
+        for where in lines.values()
+        if len(where) > 1
+    ]
+
+
+def share(items: Sequence[Item], index: int, count: int) -> list[Item]:
+    """What process `index` of `count` takes: every `count`-th row, whatever is done already."""
+    return list(items[index::count])
+
+
+# ---- What is there ----
+
+
+class Corpus:
+    """The folder that all results go to."""
+
+    def __init__(self, out: epath.Path) -> None:
+        self.out = out
+        # By id, what the index tells of a video that is done, and the row that it was made of.
+        self._made: dict[str, tuple[Mapping[str, Any], Mapping[str, Any] | None]] = {}
+
+    def claim(self, settings: Mapping[str, Any], items: Sequence[Item]) -> list[str]:
+        """Makes the folder that of these settings, or makes sure that it is; one process does it.
+
+        Args:
+          settings: what results depend on, and `run`, which may have moved since.
+          items: of all processes.
+
+        Returns:
+          The ids of what is done.
+
+        Raises:
+          UserError: it cannot be written, is in use for something else, or was filled with other
+            settings or from other videos.
+        """
+        stored = self.out / SETTINGS_FILE
+        done: set[str] = set()
+        if files.exists(stored):
+            done = self.done()
+            there = files.read_json(stored, f"give --out a new folder, or restore {SETTINGS_FILE}")
+            differing = [
+                f"{name} is {there.get(name)} there and {value} now"
+                for name, value in settings.items()
+                if name != "run" and there.get(name) != value
+            ]
+            if differing and done:
+                raise UserError(
+                    f"{self.out} holds summaries made in another way ({'; '.join(differing)}; of "
+                    f"{there.get('run')}); give --out a new folder, or go on as it was begun"
+                )
+            self._check_folders(items, done)
+        elif files.exists(self.out) and not files.is_empty(self.out):
+            raise UserError(
+                f"{self.out} is no empty folder and holds no summaries of ours; give --out a new "
+                "one"
+            )
+        with files.writing(self.out):
+            if not files.in_bucket(self.out):
+                self.out.mkdir(parents=True, exist_ok=True)
+            # Again, where it is there: whoever may not write knows it before there is work.
+            files.write_whole(stored, json.dumps(settings, indent=2) + "\n")
+        return sorted(done)
+
+    def _check_folders(self, items: Sequence[Item], done: Container[str]) -> None:
+        """Makes sure that what has the name of an item was made of it.
+
+        Raises:
+          UserError: something was not.
+        """
+        self._read(item.id for item in items if item.id in done)
+        problems = []
+        for item in items:
+            folder = self.out / item.id
+            if item.id in done:
+                _, row = self._made[item.id]
+                problems += [
+                    f"{folder}: its {name} is {row.get(name)} there and {value} in the manifest"
+                    for name, value in item.row.items()
+                    if row is not None and row.get(name) != value
+                ]
+            elif not files.in_bucket(folder) and _is_foreign(folder):
+                problems.append(f"{folder}: holds something else than a summary")
+        if problems:
+            raise UserError(
+                _lines(
+                    f"{self.out} holds what is not made of the manifest's videos:",
+                    problems,
+                    "delete those that are to be made anew, or give --out a new folder",
+                )
+            )
+
+    def check_shared(self) -> None:
+        """Makes sure that this process sees the folder that another has claimed.
+
+        Raises:
+          UserError: it does not.
+        """
+        deadline = time.monotonic() + _SHOWN_S
+        while not files.exists(self.out / SETTINGS_FILE):
+            if time.monotonic() < deadline:
+                time.sleep(_LOOKS_S)
+                continue
+            raise UserError(
+                f"{self.out} is not the same folder for all processes; give --out one that they "
+                "share, or an address in a bucket"
+            )
+
+    def done(self) -> set[str]:
+        """The ids whose folders are whole."""
+        return files.whole_folders(self.out, MARKER)
+
+    def failures(self, done: Container[str] | None = None) -> dict[str, str]:
+        """The reason of each id that failed and was not done since.
+
+        Args:
+          done: the ids that are done; None looks.
+        """
+        folder = self.out / _FAILED_FOLDER
+        if not files.exists(folder):
+            return {}
+
+        def read(path: epath.Path) -> dict[str, Any] | None:
+            try:
+                return files.read_json(path, "delete it")
+            except UserError as error:
+                if files.exists(path):
+                    return {"id": path.name.removesuffix(".json"), "reason": str(error)}
+                return None  # another process has just done better
+
+        with ThreadPoolExecutor(_NUM_REQUESTS) as pool:
+            paths = [path for path in folder.iterdir() if not path.name.startswith(".")]
+            found = [entry for entry in pool.map(read, paths) if entry is not None]
+        done = self.done() if done is None else done
+        return {entry["id"]: entry["reason"] for entry in found if entry["id"] not in done}
+
+    def clear(self, items: Iterable[Item]) -> None:
+        """Removes what killed processes have left half-written of these, and of the index."""
+        names = {item.id for item in items}
+        files.clear_unfinished(self.out, MARKER, names | set(_FILES))
+        if files.in_bucket(self.out):
+            return
+        failed = self.out / _FAILED_FOLDER
+        if failed.exists():
+            files.clear_unfinished(failed, MARKER, {f"{name}.json" for name in names})
+        for name in names:
+            if _is_half_made(self.out / name):
+                shutil.rmtree(self.out / name)
+
+    @contextlib.contextmanager
+    def folder(self, item: Item) -> Iterator[pathlib.Path]:
+        """A local folder to write into, whose content becomes that of the item's own."""
+        with files.whole_folder(self.out / item.id, MARKER) as folder:
+            yield folder
+        # What is done counts as done, also where an older failure cannot be removed.
+        with contextlib.suppress(Exception):
+            self._failed(item).unlink(missing_ok=True)
+
+    def note_failure(self, item: Item, reason: str) -> None:
+        """Keeps the reason, until a later start does better."""
+        failed = self._failed(item)
+        if not files.in_bucket(failed):
+            failed.parent.mkdir(exist_ok=True)
+        entry = {"id": item.id, "video": os.fspath(item.video), "reason": reason}
+        files.write_whole(failed, json.dumps(entry, indent=2) + "\n")
+
+    def _failed(self, item: Item) -> epath.Path:
+        return self.out / _FAILED_FOLDER / f"{item.id}.json"
+
+    def write_index(self, items: Sequence[Item]) -> set[str]:
+        """Writes index.json, index.html and failures.csv of what is there.
+
+        Every process does so when it is through; the last one to end has all before it.
+
+        Returns:
+          The ids of those whose summaries are there and damaged; they are listed as failed.
+        """
+        seen = None
+        for _ in range(_NUM_ROUNDS):
+            done = self.done()
+            now = done, self.failures(done)
+            if now == seen:  # else another process may have seen more, and have written it before
+                break
+            seen = now
+            self._read(item.id for item in items if item.id in done)
+            self._write_index([self._told(item, *now) for item in items])
+        return {item.id for item in items if item.id in done and self._made[item.id][1] is None}
+
+    def _told(
+        self, item: Item, done: Container[str], failures: Mapping[str, str]
+    ) -> Mapping[str, Any]:
+        """A video of the index."""
+        entry = {"id": item.id, "video": printable(os.fspath(item.video))}
+        if item.id in done:
+            return entry | self._made[item.id][0]
+        if item.id in failures:
+            return entry | {"state": "failed", "reason": failures[item.id]}
+        return entry | {"state": "left"}
+
+    def _write_index(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        states = collections.Counter(entry["state"] for entry in entries)
+        totals = {
+            "videos": len(entries),
+            **{state: states[state] for state in ("done", "failed", "left")},
+            "duration_s": sum(entry.get("duration_s", 0.0) for entry in entries),
+            "selected_s": sum(entry.get("selected_s", 0.0) for entry in entries),
+        }
+        settings = files.read_json(self.out / SETTINGS_FILE)
+        index = {"settings": settings, "totals": totals, "videos": entries}
+        failed = [entry for entry in entries if entry["state"] == "failed"]
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, ("id", "video", "reason"), extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(failed)
+        files.write_whole(self.out / FAILURES_FILE, table.getvalue())
+        files.write_whole(self.out / INDEX_FILE, json.dumps(index, indent=2) + "\n")
+        report.write_corpus_index(self.out / PAGE_FILE, index)
+
+    def _read(self, names: Iterable[str]) -> None:
+        """Reads the summaries of these, which are done, but for what was read before."""
+        new = [name for name in names if self._made.get(name, ({}, None))[1] is None]
+        with ThreadPoolExecutor(_NUM_REQUESTS) as pool:
+            self._made.update(zip(new, pool.map(self._summary, new), strict=True))
+
+    def _summary(self, name: str) -> tuple[Mapping[str, Any], Mapping[str, Any] | None]:
+        """What the index tells of a finished video, and its row; None where it is damaged."""
+        path = self.out / name / MARKER
+        advice = f"delete {path.parent}, and the same command makes it anew"
+        try:
+            found = files.read_json(path, advice)
+            layers = [segment["exit_layer"] for segment in found["segments"]]
+            chosen = [shot for shot in found["shots"] if shot["selected"]]
+            scores = [shot["score"] for shot in chosen]
+            told = {
+                "state": "done",
+                **{name: found[name] for name in ("title", "duration_s", "selected_s", "notes")},
+                "shots": len(chosen),
+                "mean_exit_layer": sum(layers) / len(layers),
+                "still": found["keyframes"][scores.index(max(scores))],
+            }
+            return told, dict(found["row"])
+        except UserError as error:
+            reason = str(error)
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+            reason = f"{path} is no summary of ours ({error!r}); {advice}"
+        return {"state": "failed", "reason": reason}, None
+
+
+def _is_foreign(folder: epath.Path) -> bool:
+    return files.exists(folder) and not files.is_empty(folder) and not _is_half_made(folder)
+
+
+def _is_half_made(folder: epath.Path) -> bool:
+    """Whether parts of a summary and nothing else are in a local folder, the marker not yet."""
+    folder = pathlib.Path(folder)
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
+    return bool(names) and all(_PARTS.fullmatch(name) for name in names)
+
+
+def printable(text: str) -> str:
+    """What can be tokenized, printed and written: file names may hold bytes that are no text."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+# ---- The work ----
+
+
+class Held(Protocol):
+    """Something with files behind it that are only needed for a while."""
+
+    def close(self) -> None:
+        """Removes them."""
+
+
+class Decoded(Held, Protocol):
+    """What `Steps.read` gives."""
+
+    num_bytes: int  # in memory
+
+
+D = TypeVar("D", bound=Decoded)
+S = TypeVar("S", bound=Held)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Steps(Generic[D, S]):
+    """What is done with every video, one after the other.
+
+    `read` and `write` are called in the background, for several videos at a time, and whatever they
+    raise is the video's failure. `score` is called here; but for a `VideoError`, what it raises is
+    not the video's fault and ends the work.
+    """
+
+    read: Callable[[Item], D]
+    score: Callable[[D], S]  # what it returns is closed in the place of what it was given
+    write: Callable[[Item, S], str]  # returns what is worth saying of it
+
+
+def work(
+    corpus: Corpus, items: Sequence[Item], steps: Steps[D, S], say: Callable[[str], None]
+) -> int:
+    """Does all `items`: while one is scored, the next is decoded and the one before written.
+
+    Args:
+      corpus: where reasons of failures go.
+      items: what is left of this process's share.
+      steps: what is done with each.
+      say: gets a line for each when it is finished.
+
+    Returns:
+      How many failed.
+
+    Raises:
+      PreemptedError, KeyboardInterrupt: as they come; nothing is begun any more, and what is being
+        written is whole or not there.
+      Exception: of `score`; or a disk is full, or a failure cannot be noted.
+    """
+    log = _Log(corpus, len(items), say)
+    waiting = collections.deque(items)
+    ahead: collections.deque[tuple[_Video, Future[D]]] = collections.deque()
+    behind: collections.deque[tuple[S, Future[None]]] = collections.deque()
+    largest = 0  # bytes of a decoded video, so far
+
+    def read_ahead(scoring: int = 0) -> None:
+        """Keeps all decoders busy and one video ready, as far as memory goes.
+
+        Args:
+          scoring: bytes of the video that is about to be scored.
+        """
+        nonlocal largest
+        ready = [future.result().num_bytes for _, future in ahead if _succeeded(future)]
+        largest = max([largest, scoring, *ready])
+        # What is being decoded is taken to be as large as the largest so far.
+        held = scoring + sum(ready) + largest * (len(ahead) - len(ready))
+        while waiting and len(ahead) <= _NUM_DECODERS:
+            if (ahead or scoring) and (not largest or held + largest > _MAX_BYTES):
+                return
+            video = _Video(waiting.popleft())
+            ahead.append((video, decoders.submit(video.spend, steps.read, video.item)))
+            held += largest
+
+    def write(video: _Video, scored: S) -> None:
+        with contextlib.closing(scored):
+            try:
+                said = video.spend(steps.write, video.item, scored)
+            except Exception as error:
+                log.failed(video, error)
+            else:
+                log.done(video, said)
+
+    with (
+        ThreadPoolExecutor(_NUM_DECODERS) as decoders,
+        ThreadPoolExecutor(_NUM_WRITERS) as writers,
+    ):
+        try:
+            while waiting or ahead:
+                read_ahead()
+                video, future = ahead[0]
+                try:
+                    decoded = future.result()  # may be interrupted, and is then closed below
+                except Exception as error:
+                    ahead.popleft()
+                    log.failed(video, error)
+                    continue
+                ahead.popleft()
+                try:
+                    read_ahead(decoded.num_bytes)
+                    scored = video.spend(steps.score, decoded)
+                except BaseException as error:
+                    decoded.close()
+                    if not isinstance(error, VideoError):
+                        raise
+                    log.failed(video, error.__cause__)
+                else:
+                    behind.append((scored, writers.submit(write, video, scored)))
+                    del scored
+                del decoded, future  # their pictures
+                while len(behind) > _NUM_WRITERS + 1:
+                    behind.popleft()[1].result()
+            while behind:
+                behind.popleft()[1].result()
+        except BaseException as error:
+            for _, future in ahead:
+                if not future.cancel():
+                    future.add_done_callback(_close)
+            for scored, future in behind:
+                if future.cancel():
+                    scored.close()
+            if isinstance(error, PreemptedError):
+                raise PreemptedError(
+                    f"{len(items) - log.count} of the {len(items)} videos that this process had "
+                    "before it are left"
+                ) from None
+            raise
+    return log.num_failed
+
+
+def _succeeded(future: Future[Any]) -> bool:
+    return future.done() and not future.cancelled() and future.exception() is None
+
+
+def _close(future: Future[Held]) -> None:
+    if _succeeded(future):
+        future.result().close()
+
+
+class _Video:
+    """An item, and the time that it has taken."""
+
+    def __init__(self, item: Item) -> None:
+        self.item, self.seconds = item, 0.0
+
+    def spend(self, do: Callable[..., Any], *args: Any) -> Any:
+        began = time.monotonic()
+        try:
+            return do(*args)
+        finally:
+            self.seconds += time.monotonic() - began
+
+
+class _Log:
+    """What became of the videos; told and noted from several threads."""
+
+    def __init__(self, corpus: Corpus, total: int, say: Callable[[str], None]) -> None:
+        self._corpus, self._total, self._say = corpus, total, say
+        self._lock = threading.Lock()
+        self.count = self.num_failed = 0
+
+    def done(self, video: _Video, said: str) -> None:
+        self._finish(video, said)
+
+    def failed(self, video: _Video, error: BaseException) -> None:
+        if _is_full(error):
+            raise error  # the next would not fare better
+        reason = _reason(error)
+        self._corpus.note_failure(video.item, reason)
+        self._finish(video, f"failed: {reason}", failed=True)
+
+    def _finish(self, video: _Video, said: str, *, failed: bool = False) -> None:
+        with self._lock:
+            self.count += 1
+            self.num_failed += failed
+            self._say(
+                f"[{self.count}/{self._total}] {printable(video.item.id)}: {said} "
+                f"({video.seconds:.1f} s)"
+            )
+
+
+def _reason(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return printable(text if isinstance(error, UserError) else f"{type(error).__name__}: {text}")
+
+
+def _is_full(error: BaseException | None) -> bool:
+    while error is not None:
+        if getattr(error, "errno", None) in _FULL:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
