@@ -1,0 +1,533 @@
+"""Compiles an experiment's step for a slice of TPUs that is not there, and says what it costs.
+
+Nothing is allocated: parameters are abstract. What is compiled is what a run compiles.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import resource
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deevisum_jax import experiment, optim, sharding, train_step
+from deevisum_jax.config import Config
+from deevisum_jax.data import tokenizer
+from deevisum_jax.data.prompts import LABEL_WORDS
+from deevisum_jax.errors import UserError
+from deevisum_jax.inference import scoring
+from deevisum_jax.models import paligemma2, pytree
+from deevisum_jax.planner import chips, environment, model_flops
+from deevisum_jax.planner.chips import Topology
+from deevisum_jax.planner.collectives import Collective
+from deevisum_jax.planner.hlo import Program, Traffic
+from deevisum_jax.typing import Batch
+
+MODES = ("full", "score")
+_GIB = 2**30
+_LARGEST = 10  # tensors shown
+_TRIED = 3  # compilations at most to find what fits
+_MOST_ROWS = 1024  # of the batch on a chip, of what is tried: with more, one may take hours
+_NO_ROOM = (
+    re.compile(r"\(([\d.]+)([KMGT])i?\) exceeds available HBM"),
+    re.compile(r"Used ([\d.]+)([KMGT])i? of [\d.]+[KMGT]i? hbm"),
+)
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of HBM on one chip."""
+
+    argument: int  # parameters, optimizer state, batch
+    temporary: int
+    output: int
+    alias: int  # of the output, what takes the place of arguments
+    peak: int  # at any one time, arguments included
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Placed:
+    """A tensor and where it lives."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    parts: tuple[int, ...]  # that each dimension is split into
+    num_bytes: int  # on one chip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cost:
+    """One step on one chip, by the compiler's account."""
+
+    flops: int  # of the compiled program, with what it recomputes
+    cycles: int
+    kernels: int  # Pallas kernels run, of which the compiler knows no cycles
+    hbm_bytes: int
+    traffic: dict[str, Traffic]
+    ring_s: float  # collectives one after the other, each on the links along its own axes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What one step of an experiment takes on a slice."""
+
+    topology: Topology
+    mode: str  # of MODES
+    mesh: dict[str, int]  # devices along data, fsdp, tensor
+    batch_size: int
+    num_params: int
+    state_bytes: int  # on one chip: what is there between steps
+    model_flops: int  # per chip: forward, times three in training; nothing recomputed
+    # On one chip; None if it does not fit and the compiler does not say. Nothing is compiled if the
+    # state alone does not fit, and this is no more than the state.
+    needed_bytes: int | None
+    refused: str  # the compiler's words, or "" if it fits
+    memory: Memory | None  # None if it does not fit
+    cost: Cost | None  # the same
+    largest: tuple[Placed, ...]
+    compile_cpu_s: float
+    process_rss_bytes: int  # at most so far, of this process
+    notes: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        return self.memory is not None
+
+    @property
+    def is_compiled(self) -> bool:
+        """Not if the state alone is larger than the chip's memory."""
+        return self.fits or self.state_bytes <= self.hbm_limit
+
+    @property
+    def hbm_limit(self) -> int:
+        return _limit(self.topology)
+
+    @property
+    def ideal_s(self) -> float:
+        """The model's FLOPs at the chip's peak."""
+        return self.model_flops / self.topology.chip.peak_flops
+
+    @property
+    def compute_s(self) -> float:
+        """The compiler's own estimate of its cycles, compute and copies, at the assumed clock."""
+        return self.cost.cycles / self.topology.chip.clock_hz
+
+    @property
+    def hbm_s(self) -> float:
+        return self.cost.hbm_bytes / self.topology.chip.hbm_bytes_per_s
+
+    @property
+    def sent_bytes(self) -> int:
+        """That leave one chip."""
+        return sum(kind.num_bytes for kind in self.cost.traffic.values())
+
+    @property
+    def whole_bytes(self) -> int:
+        """The plain count: arrays while they are whole, twice for an all-reduce."""
+        return sum(kind.whole_bytes for kind in self.cost.traffic.values())
+
+    @property
+    def ici_s(self) -> float:
+        """All that is sent, over all links of the chip at once."""
+        return self.sent_bytes / self.topology.chip.ici_bytes_per_s
+
+    @property
+    def step_s(self) -> float:
+        """The largest of the three: compute, memory and interconnect overlap wholly."""
+        return max(self.compute_s, self.hbm_s, self.ici_s)
+
+    @property
+    def step_sum_s(self) -> float:
+        """The sum of the three, and each collective on its own links: nothing overlaps."""
+        return self.compute_s + self.hbm_s + max(self.ici_s, self.cost.ring_s)
+
+    @property
+    def mfu(self) -> float:
+        """At `step_s`."""
+        return self.ideal_s / self.step_s
+
+    @property
+    def mfu_sum(self) -> float:
+        """At `step_sum_s`."""
+        return self.ideal_s / self.step_sum_s
+
+
+def _limit(topology: Topology) -> int:
+    return round(topology.chip.hbm_gib * _GIB)
+
+
+def plan(config: Config, topology: Topology, mode: str) -> Plan:
+    """Compiles for every chip of the slice; takes from seconds to minutes of CPU.
+
+    Args:
+      config: an experiment. The tokenizer it names is read if there is one; else the vocabulary is
+        the variant's own and a label word is one token.
+      topology: the slice.
+      mode: "full", an update of training, or "score", the scoring pass at `eval.batch_size`.
+
+    Raises:
+      UserError: the mesh or the batch does not fit the slice, or as `experiment.model_config`.
+    """
+    assert mode in MODES, mode
+    mesh = sharding.make_mesh(
+        **dataclasses.asdict(config.mesh), devices=environment.devices(topology)
+    )
+    made = (_training if mode == "full" else _scoring)(config, mesh)
+    state_bytes = sum(placed.num_bytes for placed in made.placed)
+    memory = cost = compiled = None
+    before = time.process_time()
+    if state_bytes > _limit(topology):
+        refused, needed = "the state alone is larger; nothing was compiled", state_bytes
+    else:
+        compiled, refused = _compile(made, mesh)
+        needed = needed_bytes(refused)
+    compile_cpu_s = time.process_time() - before
+    notes = made.notes
+    if compiled is not None:
+        found = compiled.memory_analysis()
+        memory = Memory(
+            argument=found.argument_size_in_bytes,
+            temporary=found.temp_size_in_bytes,
+            output=found.output_size_in_bytes,
+            alias=found.alias_size_in_bytes,
+            peak=found.peak_memory_in_bytes,
+        )
+        program = Program(compiled.as_text())
+        coords = [tuple(device.coords) for device in mesh.devices.flat]
+        cost = Cost(
+            flops=program.flops,
+            cycles=program.cycles,
+            kernels=program.kernels,
+            hbm_bytes=program.hbm_bytes,
+            traffic=program.traffic,
+            ring_s=sum(
+                times * ring_seconds(one, topology, coords) for one, times in program.collectives
+            ),
+        )
+        needed, notes = memory.peak, notes + program.notes
+    return Plan(
+        topology=topology,
+        mode=mode,
+        mesh=sharding.sizes(mesh),
+        batch_size=made.batch_size,
+        num_params=made.num_params,
+        state_bytes=state_bytes,
+        model_flops=made.model_flops // topology.num_chips,
+        needed_bytes=needed,
+        refused=refused,
+        memory=memory,
+        cost=cost,
+        largest=tuple(sorted(made.placed, key=lambda one: -one.num_bytes)[:_LARGEST]),
+        compile_cpu_s=compile_cpu_s,
+        process_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10,
+        notes=notes,
+    )
+
+
+def _compile(made: _Made, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Compiled | None, str]:
+    """The compiled program; or None, and the compiler's words if it finds no room."""
+    with (
+        jax.set_mesh(mesh),
+        environment.uncached(),
+        environment.held_stderr() as drop,
+    ):
+        try:
+            return made.lower().compile(), ""
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            drop()  # thousands of lines on what is in memory
+            return None, str(error)
+        finally:
+            # One process may plan many steps, and none of them twice.
+            jax.clear_caches()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Made:
+    """What is to be compiled."""
+
+    lower: Callable[[], jax.stages.Lowered]
+    batch_size: int
+    num_params: int
+    model_flops: int  # of all chips together
+    placed: list[Placed]
+    notes: tuple[str, ...] = ()
+
+
+def _training(config: Config, mesh: jax.sharding.Mesh) -> _Made:
+    microbatch = config.batch_size // config.optim.accumulate_steps
+    sharding.check_batch("batch_size / optim.accumulate_steps", microbatch, mesh)
+    model_config, num_label_tokens = _model(config)
+    schedule = optim.make_schedule(config.optim, config.total_steps)
+    tx = optim.make_optimizer(config.optim, schedule)
+    shapes = jax.eval_shape(
+        lambda: train_step.init_state(
+            paligemma2.init_params(model_config, jax.random.key(0)), tx, config.optim.frozen
+        )
+    )
+    shardings = train_step.state_shardings(shapes, tx, mesh)
+    batch = _batch(config, model_config, config.batch_size, captions=True)
+    num_targets = num_label_tokens + 1 + config.data.caption_len  # and its end
+    step = train_step.make_train_step(
+        model_config,
+        config.loss,
+        tx,
+        schedule,
+        num_targets=num_targets,
+        accumulate_steps=config.optim.accumulate_steps,
+    )
+    update = train_step.jit(step, shardings, mesh)
+
+    def losses(params: Any, batch: Batch) -> Any:
+        model = paligemma2.bind(model_config, params)
+        return train_step.compute_losses(model, batch, config.loss, num_targets)[0]
+
+    params = optim.merge(shapes.params, shapes.frozen)
+    notes = ()
+    if config.optim.frozen:
+        notes = ("model FLOPs and MFU count frozen parameters as if they were trained",)
+    return _Made(
+        lower=lambda: update.lower(shapes, batch),
+        batch_size=config.batch_size,
+        num_params=pytree.num_params(params),
+        # Backward is two products for each of forward's.
+        model_flops=3 * model_flops.count(losses, params, batch),
+        placed=list(_placed(shapes, shardings)),
+        notes=notes,
+    )
+
+
+def _scoring(config: Config, mesh: jax.sharding.Mesh) -> _Made:
+    batch_size = config.eval.batch_size
+    sharding.check_batch("eval.batch_size", batch_size, mesh)
+    model_config, _ = _model(config)
+    params = paligemma2.abstract_params(model_config)
+    shardings = sharding.param_shardings(params, mesh)
+    batch = _batch(config, model_config, batch_size, captions=False)
+    score_fn = scoring.make_score_fn(model_config, shardings, mesh)
+    return _Made(
+        lower=lambda: score_fn.lower(params, batch),
+        batch_size=batch_size,
+        num_params=pytree.num_params(params),
+        model_flops=model_flops.count(
+            lambda params, batch: paligemma2.bind(model_config, params).score(batch), params, batch
+        ),
+        placed=list(_placed(params, shardings)),
+    )
+
+
+def _model(config: Config) -> tuple[paligemma2.PaliGemma2Config, int]:
+    """The model, and how many tokens the longest label word is."""
+    if not config.data.tokenizer:
+        return experiment.model_config(config), 1
+    tokens = tokenizer.load_tokenizer(config.data.tokenizer)
+    longest = max(len(tokens.encode(word)) for word in LABEL_WORDS)
+    return experiment.model_config(config, tokens), longest
+
+
+def _batch(
+    config: Config, model_config: paligemma2.PaliGemma2Config, batch_size: int, *, captions: bool
+) -> Batch:
+    B, size = batch_size, model_config.img.image_size
+    T = config.data.text_len + (config.data.caption_len if captions else 0)
+    of = jax.ShapeDtypeStruct
+    return Batch(
+        frames=of((B, config.data.num_frames, size, size, 3), jnp.uint8),
+        tokens=of((B, T), jnp.int32),
+        mask_ar=of((B, T), jnp.bool_),
+        mask_input=of((B, T), jnp.bool_),
+        mask_loss=of((B, T), jnp.bool_),
+        label=of((B,), jnp.int32),
+        score=of((B,), jnp.float32),
+        video_id=of((B,), jnp.int32),
+        segment=of((B,), jnp.int32),
+        valid=of((B,), jnp.bool_),
+    )
+
+
+def _placed(shapes: Any, shardings: Any) -> Iterator[Placed]:
+    leaves = jax.tree.leaves_with_path(shapes)
+    for (path, leaf), where in zip(leaves, jax.tree.leaves(shardings), strict=True):
+        shard = where.shard_shape(leaf.shape)
+        yield Placed(
+            path=jax.tree_util.keystr(path, simple=True, separator="/"),
+            shape=leaf.shape,
+            dtype=leaf.dtype.name,
+            parts=tuple(whole // own for whole, own in zip(leaf.shape, shard, strict=True)),
+            num_bytes=math.prod(shard) * leaf.dtype.itemsize,
+        )
+
+
+def ring_seconds(one: Collective, topology: Topology, coords: list[tuple[int, ...]]) -> float:
+    """How long a collective takes that only has the links along its own axes.
+
+    Nothing is sent the longer way round. What passes through other chips takes their links too:
+    a permute counts as often as its longest way has hops, an all-to-all as its average way has
+    along each axis, and a group with gaps as often as the widest of them, since other groups are
+    in the gaps.
+
+    Args:
+      one: the collective.
+      topology: the slice.
+      coords: of every device of the program, its place in the slice.
+    """
+    axes = range(len(topology.dims))
+    if one.group is None:
+        times = 1.0
+    elif one.kind == "collective-permute":
+        places = np.array(coords)[np.array(one.pairs)]  # [pairs, 2, axes]
+        times = sum(_hops(places[:, 0, a], places[:, 1, a], topology, a) for a in axes).max()
+    elif one.kind == "all-to-all":
+        places = np.array(coords)[np.array(one.group)]
+        size = len(places)
+        times = 0.0
+        for axis in axes:
+            hops = _hops(places[:, None, axis], places[None, :, axis], topology, axis)
+            if hops.any():
+                times += hops.sum() / (size * (size - 1)) / topology.links_along(axis)
+    else:
+        links = 0.0
+        for axis in axes:
+            spanned = sorted({coords[device][axis] for device in one.group})
+            if len(spanned) == topology.dims[axis]:
+                links += topology.links_along(axis)
+            elif len(spanned) > 1:  # a part of an axis has no way around
+                links += 1 / np.diff(spanned).max()
+        times = 1 / links
+    return float(one.num_bytes * times / topology.chip.link_bytes_per_s)
+
+
+def _hops(start: np.ndarray, end: np.ndarray, topology: Topology, axis: int) -> np.ndarray:
+    """Links from place to place along an axis: on a ring the shorter way."""
+    hops = np.abs(start - end)
+    if topology.links_along(axis) == 2:
+        return np.minimum(hops, topology.dims[axis] - hops)
+    return hops
+
+
+def needed_bytes(refused: str) -> int | None:
+    """Of a compiler that finds no room: the bytes of one chip that it would take."""
+    for pattern in _NO_ROOM:
+        if found := pattern.search(refused):
+            return round(float(found[1]) * _UNITS[found[2]])
+    return None
+
+
+# ---- What would fit ----
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Advice:
+    """What fits instead, as far as it was looked for."""
+
+    topology: Topology | None  # the smallest listed one of the kind that does
+    batch_size: int | None  # the largest on the same slice that does
+    tried: tuple[str, ...]  # what was compiled or ruled out, and how that ended
+
+
+def advise(config: Config, refused: Plan) -> Advice:
+    """Looks for a larger slice, and for a smaller batch on the same one, that fit.
+
+    Compiles at most three candidates for each, and none with more than 1024 rows of the batch on a
+    chip: compilation takes the longer the more there are, and cannot be interrupted.
+    """
+    tried: list[str] = []
+    return Advice(
+        topology=_larger_topology(config, refused, tried),
+        batch_size=_smaller_batch(config, refused, tried),
+        tried=tuple(tried),
+    )
+
+
+def _larger_topology(config: Config, refused: Plan, tried: list[str]) -> Topology | None:
+    ratio = (refused.needed_bytes or 0) / refused.hbm_limit
+    unit = _row_on_each(config, refused)
+    compiled = 0
+    for candidate in chips.larger(refused.topology):
+        # A chip of n times as many holds at best one n-th.
+        if candidate.num_chips < 0.9 * ratio * refused.topology.num_chips:
+            tried.append(f"{candidate.name}: too few chips for it")
+            continue
+        rows = refused.batch_size * refused.topology.num_chips // (unit * candidate.num_chips)
+        if rows > _MOST_ROWS:
+            tried.append(f"{candidate.name}: not compiled, {rows} rows on a chip would take long")
+            continue
+        if compiled == _TRIED:
+            break
+        try:
+            found = plan(config, candidate, refused.mode)
+        except UserError as error:
+            tried.append(f"{candidate.name}: {str(error).splitlines()[0]}")
+            continue
+        compiled += 1
+        tried.append(f"{candidate.name}: {in_short(found)}")
+        if found.fits:
+            return candidate
+    return None
+
+
+def _smaller_batch(config: Config, refused: Plan, tried: list[str]) -> int | None:
+    unit = _row_on_each(config, refused)
+    lowest, highest = 0, refused.batch_size // unit  # known to fit if not 0; known not to
+    room = refused.hbm_limit - refused.state_bytes
+    if room <= 0:
+        tried.append(
+            f"{refused.topology.name}, any batch: the state alone is "
+            f"{refused.state_bytes / _GIB:.2f} GiB"
+        )
+        return None
+    # What is not state grows with the batch, more or less.
+    guess = (highest + lowest) // 2
+    if refused.needed_bytes:
+        guess = int(highest * room / max(refused.needed_bytes - refused.state_bytes, 1))
+    if highest > _MOST_ROWS + 1:
+        highest = _MOST_ROWS + 1
+        tried.append(f"{refused.topology.name}: not more than {_MOST_ROWS} rows on a chip")
+    for _ in range(_TRIED):
+        if highest - lowest <= 1:
+            break
+        guess = min(max(guess, lowest + 1), highest - 1)
+        found = plan(with_batch(config, refused.mode, guess * unit), refused.topology, refused.mode)
+        tried.append(f"{refused.topology.name}, batch {guess * unit}: {in_short(found)}")
+        if found.fits:
+            lowest = guess
+        else:
+            highest = guess
+        guess = (highest + lowest) // 2
+    return lowest * unit or None
+
+
+def _row_on_each(config: Config, refused: Plan) -> int:
+    """The batch that is one row on each chip at a time (on all those of `tensor` together)."""
+    unit = refused.mesh["data"] * refused.mesh["fsdp"]
+    return unit * config.optim.accumulate_steps if refused.mode == "full" else unit
+
+
+def with_batch(config: Config, mode: str, batch_size: int) -> Config:
+    """The config with another batch for that mode."""
+    if mode == "full":
+        return dataclasses.replace(config, batch_size=batch_size)
+    evaluated = dataclasses.replace(config.eval, batch_size=batch_size)
+    return dataclasses.replace(config, eval=evaluated)
+
+
+def in_short(found: Plan) -> str:
+    """Whether it fits, and how much it needs, in words."""
+    limit = f"of {found.topology.chip.hbm_gib:g} GiB"
+    if found.fits:
+        return f"fits, {found.memory.peak / _GIB:.2f} {limit}"
+    if found.needed_bytes is None:
+        return f"does not fit: {found.refused.splitlines()[0]}"
+    least = "" if found.is_compiled else "at least "
+    over = (found.needed_bytes - found.hbm_limit) / _GIB
+    return f"does not fit, {least}{found.needed_bytes / _GIB:.2f} {limit}, {over:.2f} GiB too much"

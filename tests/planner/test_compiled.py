@@ -1,0 +1,133 @@
+"""The TPU compiler itself, asked for small programs; skipped where libtpu is not installed."""
+
+import dataclasses
+import importlib.util
+import os
+
+import jax
+import pytest
+
+from deevisum_jax.planner import chips, environment, plan
+from deevisum_jax.planner.hlo import Program
+from scripts import aot_compile
+from tests.conftest import TINY_CONFIG
+from tests.planner import small_programs
+
+pytestmark = [
+    pytest.mark.tpu_backend,
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None,
+        reason="the TPU compiler is not installed: pip install -e '.[tpu]'",
+    ),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tpu_compiler():
+    """Other tests start processes, which are to find themselves on no TPU."""
+    before = dict(os.environ)
+    environment.prepare()
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.mark.parametrize("name", small_programs.ON_ONE_CHIP)
+def test_flops_are_those_by_hand(name):
+    *_, flops = small_programs.ON_ONE_CHIP[name]
+    assert Program(small_programs.on_one_chip(name)).flops == flops
+
+
+def test_the_compiler_still_writes_what_is_stored():
+    """What the other tests read; where this fails, write `programs/` anew and look at them."""
+    for name, text in (
+        ("nested_scans", small_programs.on_one_chip("nested_scans")),
+        ("collectives", small_programs.collectives()),
+        ("windowed_einsum", small_programs.windowed_einsum()),
+    ):
+        found, stored = Program(text), Program(small_programs.stored(name))
+        assert figures(found) == figures(stored), name
+
+
+def figures(program):
+    """What a plan takes from a program for v5e:4x4, in the order of the chips in its mesh."""
+    topology = chips.topology("v5e:4x4")
+    coords = [tuple(chip.coords) for chip in environment.devices(topology)]
+    ring_s = sum(
+        times * plan.ring_seconds(one, topology, coords) for one, times in program.collectives
+    )
+    return (
+        *(program.flops, program.cycles, program.hbm_bytes, program.kernels, ring_s),
+        *(program.traffic, program.notes),
+    )
+
+
+def test_a_planned_update_is_what_was_asked_for(tiny_config):
+    config = tiny_config("batch_size=32", "mesh.data=1", "mesh.fsdp=4", "mesh.tensor=1")
+    found = plan.plan(config, chips.topology("v5e:2x2"), "full")
+    assert found.fits
+    assert found.mesh == {"data": 1, "fsdp": 4, "tensor": 1}
+    # Backward computes the layers anew, and not everything a second time.
+    assert 1.0 < found.cost.flops / found.model_flops < 4 / 3 + 0.05
+    assert found.memory.alias > 0.9 * found.state_bytes  # the state is updated in place
+    assert found.memory.argument >= found.state_bytes
+    assert found.cost.cycles > 0
+    assert found.sent_bytes > 0
+    # A quarter of the table on each chip: float32[512, 32 / 4], beside it two moments.
+    tables = [one for one in found.largest if one.path.endswith("llm/embedder/input_embedding")]
+    assert [(one.parts, one.num_bytes) for one in tables] == [((1, 4), 512 * 8 * 4)] * 3
+
+
+def test_scoring_is_planned_on_every_kind_of_chip(tiny_config):
+    for kind, chip in chips.CHIPS.items():
+        [*_, dims] = [dims for dims in chip.slices if dims in ("2x2", "2x2x1")]
+        topology = chips.topology(f"{kind}:{dims}")
+        config = tiny_config("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=1")
+        found = plan.plan(config, topology, "score")
+        assert found.fits
+        # Padding of the smallest products is not counted, so nothing is added to the model's.
+        assert found.cost.flops == pytest.approx(found.model_flops, rel=0.05), kind
+
+
+def test_a_batch_without_room_is_an_answer(tiny_config):
+    config = tiny_config("mesh.data=4", "mesh.fsdp=1", "mesh.tensor=1", f"eval.batch_size={2**24}")
+    found = plan.plan(config, chips.topology("v5e:2x2"), "score")
+    assert not found.fits
+    assert found.needed_bytes > found.hbm_limit
+    assert "too much" in plan.in_short(found)
+
+
+def test_a_state_without_room_is_not_compiled(tiny_config):
+    """28e9 parameters with two moments each, float32, on four chips: 83 GB a chip."""
+    depth = "model.exit_layers=(23, 46)"
+    config = tiny_config(
+        "model.variant=paligemma2_28b", depth, "mesh.data=1", "mesh.fsdp=4", "mesh.tensor=1"
+    )
+    found = plan.plan(config, chips.topology("v5e:2x2"), "full")
+    assert not found.fits
+    assert found.state_bytes / 1e9 == pytest.approx(27.65 * 12 / 4, rel=0.01)
+    assert "at least 77." in plan.in_short(found)
+
+
+def test_devices_of_v4_have_both_cores():
+    [first, *others] = environment.devices(chips.topology("v4:2x2x1"))
+    assert len(others) == 3
+    assert first.platform == "tpu"
+
+
+def test_the_command_ends_with_a_page_and_the_figures(tmp_path, capfd):
+    out = tmp_path / "plan.json"
+    flags = ["--config", str(TINY_CONFIG), "--topology", "v5e:2x2", "--mode", "score"]
+    assert aot_compile.main([*flags, "--json", str(out)]) == 0
+    shown = capfd.readouterr()
+    assert shown.out.startswith("tiny, score, on v5e:2x2: fits")
+    assert shown.err == ""  # libtpu's start says much that is nobody's concern
+    assert '"topology": "v5e:2x2"' in out.read_text()
+
+
+def test_nothing_of_a_plan_is_on_the_chips(tiny_config):
+    before = len(jax.live_arrays())
+    config = tiny_config("mesh.data=4", "mesh.fsdp=1", "mesh.tensor=1")
+    found = plan.plan(config, chips.topology("v5e:2x2"), "score")
+    assert len(jax.live_arrays()) == before
+    assert dataclasses.asdict(found)["mode"] == "score"
