@@ -277,5 +277,6 @@ def logged(run: pathlib.Path) -> list[dict[str, float]]:
 
 if __name__ == "__main__":
     # As an interruption from the keyboard, so that the training program ends with this one.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for how in (signal.SIGTERM, signal.SIGINT):  # a shell makes background jobs deaf to the second
+        signal.signal(how, signal.default_int_handler)
     sys.exit(main())
