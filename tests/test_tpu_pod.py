@@ -47,6 +47,17 @@ chmod +x "$2/bin/uv"
 """
 
 
+@pytest.fixture(autouse=True)
+def _hearing():
+    """A shell makes background jobs deaf to these signals, and what tests start inherits that."""
+    before = {how: signal.getsignal(how) for how in (signal.SIGINT, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    for how, handler in before.items():
+        signal.signal(how, handler)
+
+
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> pathlib.Path:
     """A committed checkout with the two scripts and a config."""
