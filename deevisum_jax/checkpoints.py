@@ -161,13 +161,11 @@ class Checkpoints:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         failed = None
-        try:
-            self.wait()
-        except UserError as error:
-            failed = error
-        # Of a failed save Orbax tells once more when it is closed.
-        with contextlib.suppress(Exception) if failed else contextlib.nullcontext():
-            self._manager.close()
+        for end in (self.wait, self._close):  # of a failed save Orbax may tell only when it closes
+            try:
+                end()
+            except UserError as error:
+                failed = failed or error
         if failed is None:
             return
         if kind is None:
@@ -175,6 +173,10 @@ class Checkpoints:
         # Another reason has ended the run already, and is told.
         if not issubclass(kind, UserError):
             print(f"warning: {failed}", file=sys.stderr)
+
+    def _close(self) -> None:
+        with self._writing():
+            self._manager.close()
 
     @property
     def latest_step(self) -> int | None:
