@@ -138,16 +138,7 @@ class Checkpoints:
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=policy,
                     best_fn=lambda metrics: metrics[BEST_METRIC],
-                    create=self._writes,
-                    read_only=not self._writes,
-                    # What a kill left half-written, which is never finished.
-                    cleanup_tmp_directories=self._writes,
-                    multiprocessing_options=_everybody() if self._writes else _alone(),
-                    async_options=(
-                        ocp.options.AsyncOptions(barrier_sync_fn=_wait_for_all)
-                        if self._writes
-                        else None
-                    ),
+                    **(_writing_together() if self._writes else _reading_alone()),
                 ),
             )
         except Exception as error:  # of file systems and buckets
@@ -356,16 +347,21 @@ class Checkpoints:
             _warn(what, f"{_put_aside(folder)}, and step {taken} is taken")
 
 
-def _everybody() -> ocp.options.MultiprocessingOptions:
-    return ocp.options.MultiprocessingOptions()
+def _writing_together() -> dict[str, Any]:
+    return {
+        "create": True,
+        "cleanup_tmp_directories": True,  # what a kill left half-written, which is never finished
+        "async_options": ocp.options.AsyncOptions(barrier_sync_fn=_wait_for_all),
+    }
 
 
-def _alone() -> ocp.options.MultiprocessingOptions:
+def _reading_alone() -> dict[str, Any]:
     """Whoever only reads waits for no other process."""
     this = jax.process_index()
-    return ocp.options.MultiprocessingOptions(
+    alone = ocp.options.MultiprocessingOptions(
         primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"process_{this}"
     )
+    return {"create": False, "read_only": True, "multiprocessing_options": alone}
 
 
 def _wait_for_all(*, key: str, timeout_ms: int) -> None:

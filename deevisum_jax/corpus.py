@@ -55,7 +55,6 @@ _NUM_ROUNDS = 5  # of writing the index while others change what it tells
 _NUM_DECODERS = _NUM_WRITERS = max(1, min(4, (os.cpu_count() or 1) // 4))
 # Of decoded pictures and sound; more only for a video that is larger by itself.
 _MAX_BYTES = 8 * 2**30
-_SHOWN_S, _LOOKS_S = 10.0, 0.5  # until a file that one host has written is seen by another
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -310,11 +309,7 @@ class Corpus:
         Raises:
           UserError: it does not.
         """
-        deadline = time.monotonic() + _SHOWN_S
-        while not files.exists(self.out / SETTINGS_FILE):
-            if time.monotonic() < deadline:
-                time.sleep(_LOOKS_S)
-                continue
+        if not files.is_shown(self.out / SETTINGS_FILE):
             raise UserError(
                 f"{self.out} is not the same folder for all processes; give --out one that they "
                 "share, or an address in a bucket"

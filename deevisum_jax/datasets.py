@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent import futures
 
-import fsspec
 import tensorflow_datasets as tfds
 from etils import epath
 
@@ -99,7 +98,7 @@ def _copy_of(family: str, config: str, folder: epath.Path) -> pathlib.Path:
     remote = folder / inside
     if remote.name not in files.whole_folders(remote.parent, _MARKER):
         _build_into(family, config, folder, inside)
-    found = _objects(remote)
+    found = files.contents(remote)
     # Named by their content: what is there is whole, and what a run reads stays as it is.
     here = cache / _digest(json.dumps(found, sort_keys=True))
     if not here.exists():
@@ -139,16 +138,6 @@ def _build_into(family: str, config: str, folder: epath.Path, inside: pathlib.Pa
         upload(marker)
 
 
-def _objects(remote: epath.Path) -> dict[str, tuple[int, str]]:
-    """Size and checksum of every file in a folder of a bucket."""
-    client = fsspec.filesystem(os.fspath(remote).partition("://")[0])
-    return {
-        about["name"].rpartition("/")[2]: (about["size"], about.get("crc32c") or about["ETag"])
-        for about in client.ls(os.fspath(remote), detail=True)
-        if about["type"] == "file" and not about["name"].endswith("/")
-    }
-
-
 def _check_whole(remote: epath.Path, names: Mapping[str, object]) -> None:
     """Finds what lacks records, as while others upload it with tools that know no order."""
     advice = "upload it again, or remove it to have it built anew"
@@ -170,10 +159,7 @@ def _fetch(
     to = unfinished / inside
     to.mkdir(parents=True, exist_ok=True)
     sizes = {name: size for name, size in sizes.items() if not (to / name).exists()}
-    try:
-        files.check_room(to, sum(sizes.values()))
-    except UserError as error:
-        raise UserError(str(error).replace("give --out", "set XDG_CACHE_HOME to")) from None
+    files.check_room(to, sum(sizes.values()), advice="set XDG_CACHE_HOME to")
 
     def download(name: str) -> None:
         with files.local_copy(remote / name) as copy, files.replacing(to / name) as temporary:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Sequence
 
 from etils import epath
@@ -15,12 +14,10 @@ from deevisum_jax.data.prompts import PromptTemplate
 from deevisum_jax.data.segments import SegmentEncoder
 from deevisum_jax.data.tokenizer import Tokenizer
 from deevisum_jax.errors import UserError
-from deevisum_jax.files import exists, write_whole
+from deevisum_jax.files import exists, is_shown, write_whole
 from deevisum_jax.initialization import Start
 from deevisum_jax.models import paligemma2
 from deevisum_jax.runs import TEMPLATE_FILE, TOKENIZER_FILE, settings_of
-
-_SHOWN_S = 10.0  # until a file that one host has written is seen by another
 
 
 def make_template(config: Config, workdir: epath.Path) -> PromptTemplate:
@@ -32,15 +29,8 @@ def make_template(config: Config, workdir: epath.Path) -> PromptTemplate:
             write_whole(kept, prompts.load_template(config.data.template).text)
 
     distributed.on_main(keep)
-    return prompts.load_template(os.fspath(_shown(kept)))
-
-
-def _shown(kept: epath.Path) -> epath.Path:
-    """The file, as soon as this host sees what process 0 has written; or after a while in vain."""
-    deadline = time.monotonic() + _SHOWN_S
-    while not exists(kept) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return kept
+    is_shown(kept)
+    return prompts.load_template(os.fspath(kept))
 
 
 def given_tokenizer(config: Config, workdir: epath.Path, start: Start | None) -> Tokenizer | None:
@@ -71,7 +61,8 @@ def make_tokenizer(
             tokenizer.save_tokenizer(given, kept)
 
     distributed.on_main(keep)
-    return tokenizer.load_tokenizer(_shown(kept))  # `given` is a file of this host, if there is one
+    is_shown(kept)
+    return tokenizer.load_tokenizer(kept)  # `given` is a file of this host, if there is one
 
 
 def model_config(config: Config, tokens: Tokenizer | None = None) -> paligemma2.PaliGemma2Config:

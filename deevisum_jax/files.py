@@ -30,6 +30,7 @@ _UNFINISHED = ".partial"
 _NUM_TRIES, _TRY_AGAIN_S = 20, 0.1
 _BUCKETS = ("gs", "s3")
 _MADE_HERE = "deevisum-"  # begins the names of temporary folders of what goes to a bucket
+_SHOWN_S = 10.0  # until a file that one host has written is seen by another
 _NUM_UPLOADS = 3  # of what disappears again
 _LEFT_S = 3600.0  # after which nobody is still writing a small file
 
@@ -163,10 +164,15 @@ def _upload(made: Mapping[str, str], out: epath.Path) -> None:
         )
 
 
-def check_room(out: pathlib.Path | epath.Path, num_bytes: int) -> None:
+def check_room(out: pathlib.Path | epath.Path, num_bytes: int, advice: str = "give --out") -> None:
     """Refuses a disk that cannot hold what is to be written.
 
     What goes to a bucket is made among this machine's temporary files first.
+
+    Args:
+      out: where it is to be written.
+      num_bytes: that it has.
+      advice: how another disk is named, for the message.
 
     Raises:
       UserError: it has too little room.
@@ -175,7 +181,7 @@ def check_room(out: pathlib.Path | epath.Path, num_bytes: int) -> None:
     free = shutil.disk_usage(_nearest_there_is(home)).free
     if free < num_bytes:
         where = "the disk of temporary files" if in_bucket(out) else "its disk"
-        advice = "set TMPDIR to" if in_bucket(out) else "give --out"
+        advice = "set TMPDIR to" if in_bucket(out) else advice
         raise UserError(
             f"{out} wants {num_bytes / 1e9:.3g} GB and {where} has {free / 1e9:.3g} GB left; make "
             f"room, or {advice} another disk"
@@ -335,6 +341,20 @@ def exists(path: epath.Path) -> bool:
         return path.exists()
 
 
+def is_shown(path: epath.Path) -> bool:
+    """Whether this host sees what another has written; where folders are shared that takes a while.
+
+    Raises:
+      UserError: as `exists`.
+    """
+    deadline = time.monotonic() + _SHOWN_S
+    while not exists(path):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_TRY_AGAIN_S)
+    return True
+
+
 def is_empty(folder: pathlib.Path | epath.Path) -> bool:
     """Whether this folder, in a bucket or not, holds nothing but unfinished work.
 
@@ -415,6 +435,20 @@ def _objects(folder: epath.Path) -> list[str]:
         client = _client(folder)
         start = os.fspath(folder).partition("://")[2].rstrip("/") + "/"
         return [name.removeprefix(start) for name in client.find(os.fspath(folder))]
+
+
+def contents(folder: epath.Path) -> dict[str, tuple[int, str]]:
+    """Size and checksum of every file in a folder of a bucket, by name.
+
+    Raises:
+      UserError: it cannot be listed.
+    """
+    with _reaching(folder, "listed"):
+        return {
+            about["name"].rpartition("/")[2]: (about["size"], about.get("crc32c") or about["ETag"])
+            for about in _client(folder).ls(os.fspath(folder), detail=True)
+            if about["type"] == "file" and not about["name"].endswith("/")
+        }
 
 
 @contextlib.contextmanager

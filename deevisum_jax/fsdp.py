@@ -21,7 +21,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from deevisum_jax.sharding import BATCH_AXES, FSDP_AXES, RULES, constrain, logical_axes
+from deevisum_jax import sharding
+from deevisum_jax.sharding import BATCH_AXES, FSDP_AXES, constrain
 from deevisum_jax.typing import Array
 
 # Chips that libtpu 0.0.42 has a gather of its own for, over several rings, of whatever size.
@@ -50,12 +51,7 @@ def per_device(fn: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callabl
 
 def param_specs(params: Any) -> Any:
     """How `per_device` splits parameters: by `sharding.PARAM_AXES`, without the axis `tensor`."""
-
-    def one(path: tuple, leaf: Any) -> P:
-        axes = logical_axes(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.ndim)
-        return P(*(tuple(a for a in RULES[axis] if a in BATCH_AXES) or None for axis in axes))
-
-    return jax.tree.map_with_path(one, params)
+    return sharding.param_specs(params, without=("tensor",))
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str]:
@@ -174,11 +170,8 @@ def lookup(table: Array, tokens: Array, dtype: Any) -> Array:
     Returns:
       [B, T, D].
     """
-    names = _names()
-    if names:
-        tokens = jax.lax.all_gather(tokens, names, axis=0, tiled=True)
-    x = jnp.take(table, tokens, axis=0, mode="clip").astype(dtype)
-    if names:
+    x = jnp.take(table, gather_rows(tokens), axis=0, mode="clip").astype(dtype)
+    if names := _names():
         return jax.lax.all_to_all(x, names, split_axis=0, concat_axis=2, tiled=True)
     # The same, told to the compiler: without this stop it replicates the gradient on its way back
     # ("Involuntary full rematerialization").

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from deevisum_jax import fsdp
+from deevisum_jax.models import layers
 from deevisum_jax.typing import Array
 
 _CHUNK = 128 * 2**20  # bytes of logits that are there at a time
@@ -157,8 +158,7 @@ _vocab_cross_entropy.defvjp(_vocab_cross_entropy_fwd, _vocab_cross_entropy_bwd)
 def _vocab_logits(x: Array, table: Array, first: Array, vocab_size: int, cap: float) -> Array:
     """`float32[N, W]` of a device's part of the vocabulary; -inf for rows that fill it up."""
     logits = jnp.einsum("ND,WD->NW", x, table, preferred_element_type=jnp.float32)
-    if cap:
-        logits = cap * jnp.tanh(logits / cap)
+    logits = layers.softcap(logits, cap)
     real = first + jnp.arange(table.shape[0]) < vocab_size
     return jnp.where(real, logits, -jnp.inf)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import time
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +16,7 @@ from deevisum_jax import config as config_lib
 from deevisum_jax.config import Config
 from deevisum_jax.data import prompts
 from deevisum_jax.errors import UserError
-from deevisum_jax.files import exists, in_bucket, locate, write_whole
+from deevisum_jax.files import exists, in_bucket, is_shown, locate, write_whole
 from deevisum_jax.models import paligemma2
 from deevisum_jax.models.paligemma2 import PaliGemma2Config
 
@@ -29,7 +28,6 @@ CHECKPOINT_FOLDER = "checkpoints"
 PADDING_FILE = "vocab_padding.safetensors"
 # What the weights descend from, for whoever exports them.
 ORIGIN_FILE = "origin.json"
-_SHOWN_S = 10.0  # until a file that one host has written is seen by another
 
 # What may differ between a workdir's config and the one it is resumed with: nothing that a trained
 # number depends on.
@@ -179,14 +177,11 @@ def _check_shared(workdir: epath.Path) -> None:
     left = workdir / distributed.on_main(leave)
 
     def look() -> None:
-        deadline = time.monotonic() + _SHOWN_S
-        while not exists(left):
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"workdir {workdir} is not the folder of that name that process 0 writes; give "
-                    "--workdir a folder that all hosts share, or an address in a bucket (gs://...)"
-                )
-            time.sleep(0.1)
+        if not is_shown(left):
+            raise UserError(
+                f"workdir {workdir} is not the folder of that name that process 0 writes; give "
+                "--workdir a folder that all hosts share, or an address in a bucket (gs://...)"
+            )
 
     try:
         distributed.everywhere(look)

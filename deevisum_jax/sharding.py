@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -238,9 +238,20 @@ def logical_axes(path: str, ndim: int) -> tuple[str, ...]:
     return axes
 
 
-def partition_spec(axes: tuple[str, ...]) -> P:
-    """Logical axes -> the mesh axes of each dimension, by `RULES`."""
-    return P(*((RULES[axis] or None) for axis in axes))
+def partition_spec(axes: Sequence[str], without: Container[str] = ()) -> P:
+    """Logical axes -> the mesh axes of each dimension, by `RULES`, some of them left out."""
+    return P(*(tuple(a for a in RULES[axis] if a not in without) or None for axis in axes))
+
+
+def param_specs(params: Tree, without: Container[str] = ()) -> Tree:
+    """`partition_spec` of every parameter; anything with `ndim` is one.
+
+    Raises:
+      UserError: as `logical_axes`.
+    """
+    return jax.tree.map_with_path(
+        lambda path, leaf: partition_spec(logical_axes(_name(path), leaf.ndim), without), params
+    )
 
 
 def validate(abstract_params: Tree, mesh: Mesh) -> None:
@@ -280,12 +291,7 @@ def param_shardings(abstract_params: Tree, mesh: Mesh) -> Tree:
       UserError: as `logical_axes` and `validate`.
     """
     validate(abstract_params, mesh)
-    return jax.tree.map_with_path(
-        lambda path, leaf: NamedSharding(
-            mesh, partition_spec(logical_axes(_name(path), leaf.ndim))
-        ),
-        abstract_params,
-    )
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), param_specs(abstract_params))
 
 
 def abstract(shapes: Any, shardings: Any) -> Any:
@@ -345,12 +351,10 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
     if mesh.empty:
         return x
     # Inside of `fsdp.per_device` the arrays are local: there is nothing to say of their batch.
-    free = [
-        tuple(axis for axis in RULES[name] if axis not in mesh.manual_axes) or None for name in axes
-    ]
-    if mesh.manual_axes and not any(free):
+    spec = partition_spec(axes, mesh.manual_axes)
+    if mesh.manual_axes and not any(spec):
         return x
-    return jax.lax.with_sharding_constraint(x, P(*free))
+    return jax.lax.with_sharding_constraint(x, spec)
 
 
 def _name(path: tuple) -> str:

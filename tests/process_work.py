@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from deevisum_jax import checkpoints, config, distributed, runs, sharding, weights
+from deevisum_jax import checkpoints, config, distributed, files, runs, sharding, weights
 from deevisum_jax.errors import PreemptedError, UserError
 
 
@@ -68,7 +68,7 @@ def agree(folder: str) -> dict:
     told["placed"] = int(np.asarray(jax.jit(lambda x: (x * np.arange(16)).sum())(placed)))
     attempt("mesh", lambda: sharding.make_mesh(data=3, fsdp=1))
     # Two hosts that have a folder of the same name each.
-    runs._SHOWN_S = 0.5
+    files._SHOWN_S = 0.5
     workdir = pathlib.Path(folder, f"workdir_of_{host}")
     attempt("workdir", lambda: runs.claim(workdir, config.from_file("configs/tiny.py")))
     told["main"] = distributed.is_main()

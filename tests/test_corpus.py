@@ -517,7 +517,7 @@ def test_folders_that_cannot_take_a_corpus(gcs, run, clips, tmp_path, capsys, gi
 
 
 def test_a_folder_that_not_all_processes_see_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "_SHOWN_S", 0.0)
+    monkeypatch.setattr(files, "_SHOWN_S", 0.0)
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match="is not the same folder for all processes"):
         Corpus(epath.Path(tmp_path) / "out").check_shared()

@@ -60,19 +60,23 @@ def softcap(x: jax.Array, cap: float) -> jax.Array:
 @jax.custom_vjp
 def gated_gelu(gate: jax.Array, up: jax.Array) -> jax.Array:
     """`gelu(gate) * up` with the tanh approximation, in the dtype of `gate`."""
+    return _gated_gelu(gate, up)
+
+
+def _gated_gelu(gate: jax.Array, up: jax.Array) -> jax.Array:
     return jax.nn.gelu(gate, approximate=True) * up
 
 
 def _gated_gelu_bwd(
     kept: tuple[jax.Array, jax.Array], grad: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    _, vjp = jax.vjp(lambda gate, up: jax.nn.gelu(gate, approximate=True) * up, *kept)
+    _, vjp = jax.vjp(_gated_gelu, *kept)
     # Each is read by two matrix products. Without the barrier a TPU's compiler computes them anew
     # within each one, which then waits for the vector unit.
     return jax.lax.optimization_barrier(vjp(grad))
 
 
-gated_gelu.defvjp(lambda gate, up: (gated_gelu(gate, up), (gate, up)), _gated_gelu_bwd)
+gated_gelu.defvjp(lambda gate, up: (_gated_gelu(gate, up), (gate, up)), _gated_gelu_bwd)
 
 
 def rope(x: jax.Array, positions: Array, base: float = 10_000.0) -> jax.Array:
