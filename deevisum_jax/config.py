@@ -36,14 +36,20 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
         "checkpoint.every_steps", "checkpoint.keep", "eval.every_steps", "eval.batch_size",
     )),
     ("at least 0", lambda value: value >= 0, (
-        "data.caption_len", "model.final_logits_softcap", "model.sliding_window", "loss.token",
-        "loss.class_", "loss.score", "optim.weight_decay",
+        "data.fold", "data.caption_len", "data.transcript_context_s", "model.final_logits_softcap",
+        "model.sliding_window", "loss.token", "loss.class_", "loss.score", "optim.weight_decay",
     )),
     ("above 0 and at most 1", lambda value: 0 < value <= 1, ("data.label_fraction", "eval.budget")),
     ("at least 0 and at most 1", lambda value: 0 <= value <= 1, ("optim.end_fraction",)),
     ("at least 0 and below 1", lambda value: 0 <= value < 1, ("optim.b1", "optim.b2")),
-    ("at least 0 and below 2**32", lambda value: 0 <= value < 2**32, ("seed",)),
+    ("at least 0 and below 2**32", lambda value: 0 <= value < 2**32, ("seed", "data.folds_seed")),
 )  # fmt: skip
+
+_CHOICES = {
+    "eval.f1": ("avg", "max"),
+    "eval.correlation": ("tvsum_per_annotator", "summe_binary_summary", "summe_scores"),
+    "eval.shots": ("data_set", "kts"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,15 +58,26 @@ class DataConfig:
 
     dataset: str  # builder/config, such as "synthetic/quickstart"
     data_dir: str = "~/tensorflow_datasets"  # where built data sets live
+    manual_dir: str = ""  # a data set's own files as downloaded, for those that want it to be built
+    allow_missing: bool = False  # build also where some of the data set's videos are not at hand
+    # Which videos train and which test: "" = the data set's own splits; "community" = the five
+    # published, overlapping folds; "partition" = five folds of our own, every video tested once; or
+    # a JSON file of folds ([{"train_keys": [...], "test_keys": [...]}, ...]).
+    folds: str = ""
+    fold: int = 0  # which of them, from 0
+    folds_seed: int = 0  # of the partition, and of who validates
     tokenizer: str = ""  # path of paligemma_tokenizer.model; "" trains one on the data set's text
     vocab_size: int = 1024  # text pieces at most, when the tokenizer is trained
     template: str = "deevisum"  # a prompt template's name or path
     text_len: int = 64  # tokens of the prompt, the separator and the label word
+    # Seconds before and after a segment whose transcript the prompt tells, too, nearest first.
+    transcript_context_s: float = 0.0
     caption_len: int = 0  # tokens of a caption that the student also learns to tell; 0 = none
     num_frames: int = 2  # I, pictures per segment
     # bilinear (with antialias, as big_vision) or bicubic (as Hugging Face); None: as the weights in
     # `initialization` were trained, bilinear from scratch.
     resize: str | None = None
+    augment: bool = False  # crop, mirror and tint pictures in training
     segment_s: float = 2.0  # seconds per segment
     label_fraction: float = 0.25  # share of a video's segments labelled as summary
     left_out: tuple[str, ...] = ()  # of picture, text, sound: withheld in training and evaluation
@@ -138,6 +155,9 @@ class EvalConfig:
     test_split: str = "test"
     budget: float = 0.15  # share of the video in a summary
     f1: str = "avg"  # over annotators: avg (TVSum) or max (SumMe)
+    # What tau and rho compare: a name in summary.protocols.CORRELATIONS.
+    correlation: str = "tvsum_per_annotator"
+    shots: str = "data_set"  # a summary's units: data_set (its change points) or kts (ours)
     exit_threshold: float = 0.9  # leave at the first exit at least this sure of the class
     ablate_inputs: bool = True  # also evaluate the test split without picture, text and sound
 
@@ -209,8 +229,9 @@ class Config:
                 "eval.validation_split and eval.test_split must not be the split trained on, "
                 "'train'; choose another"
             )
-        if self.eval.f1 not in ("avg", "max"):
-            raise UserError(f"eval.f1={self.eval.f1!r}; {closest(self.eval.f1, ('avg', 'max'))}")
+        for name, choices in _CHOICES.items():
+            if values[name] not in choices:
+                raise UserError(f"{name}={values[name]!r}; {closest(values[name], choices)}")
 
 
 def from_config_dict(values: ml_collections.ConfigDict) -> Config:

@@ -122,6 +122,7 @@ def make_encoder(
         num_frames=config.data.num_frames,
         image_size=image_size,
         resize=settings_of(config).resize,
+        context_s=config.data.transcript_context_s,
         left_out=config.data.left_out,
     )
 
@@ -136,4 +137,5 @@ def make_source(
         segment_s=config.data.segment_s,
         label_fraction=config.data.label_fraction,
         cache_mib=config.data.cache_mib,
+        augmented=config.data.augment,
     )

@@ -32,7 +32,7 @@ ORIGIN_FILE = "origin.json"
 # What may differ between a workdir's config and the one it is resumed with: nothing that a trained
 # number depends on.
 _MAY_CHANGE = ("log_every", "checkpoint.", "eval.", "mesh.", "data.data_dir", "data.cache_mib")
-_MAY_CHANGE += ("data.num_threads",)
+_MAY_CHANGE += ("data.num_threads", "data.manual_dir")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,9 +2,11 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from deevisum_jax import datasets, experiment, initialization
+from deevisum_jax.config import DataConfig
 from deevisum_jax.data import tokenizer
 from deevisum_jax.errors import UserError
 from tests.checkpoint_files import claim, with_checkpoint
@@ -12,7 +14,9 @@ from tests.checkpoint_files import claim, with_checkpoint
 
 @pytest.fixture(scope="module")
 def records(data_dir):
-    return datasets.Dataset("synthetic/tiny", str(data_dir)).split("train")
+    return datasets.Dataset(DataConfig(dataset="synthetic/tiny", data_dir=str(data_dir))).split(
+        "train"
+    )
 
 
 def make_tokenizer(config, workdir, records) -> tokenizer.Tokenizer:
@@ -128,13 +132,20 @@ def test_a_prompt_that_does_not_fit_is_refused(tmp_path, tiny_config, records):
 
 
 def test_the_encoder_follows_the_config(tmp_path, tiny_config, records):
-    config = tiny_config("data.left_out=('sound',)", "data.num_frames=3")
+    flags = ("data.left_out=('sound',)", "data.num_frames=3", "data.transcript_context_s=5.0")
+    config = tiny_config(*flags, "data.augment=True")
     tokens = make_tokenizer(config, tmp_path, records)
     template = experiment.make_template(config, tmp_path)
     encoder = experiment.make_encoder(config, tokens, template, 28)
     assert encoder.prompts.template == template
     assert (encoder.num_frames, encoder.image_size) == (3, 28)
     assert encoder.left_out == ("sound",)
+    assert encoder.context_s == 5.0
     assert encoder.prompts.text_len == 48
     source = experiment.make_source(dataclasses.replace(config, seed=1), records, encoder)
     assert len(source) == 17  # 4 + 5 + 4 + 4 segments of two seconds
+    changed, again = (source.changed(0, (0, 0))["frames"] for _ in range(2))
+    np.testing.assert_array_equal(changed, again)
+    assert (changed != source[0]["frames"]).any()
+    plain = experiment.make_source(tiny_config(), records, encoder)
+    np.testing.assert_array_equal(plain.changed(0, (0, 0))["frames"], plain[0]["frames"])

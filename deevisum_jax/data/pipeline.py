@@ -17,7 +17,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from deevisum_jax.data import audio
+from deevisum_jax.data import audio, augment
 from deevisum_jax.data.prompts import LABEL_WORDS, PromptTemplate
 from deevisum_jax.data.segments import SegmentEncoder, Video, segment_bounds
 from deevisum_jax.data.subtitles import Cue
@@ -67,7 +67,7 @@ def annotation_of(record: Record, bounds: np.ndarray, label_fraction: float) -> 
     """Mean annotation per segment, scaled to [0, 1] as the field's `gtscore`, and its best part.
 
     Args:
-      record: a video record with `user_scores float[U, N]` at `score_times float[N]`.
+      record: a video record with `user_scores float[U, N]`, U > 0, at `score_times float[N]`.
       bounds: `float[M, 2]` segments in seconds.
       label_fraction: share of the segments whose label is 1, at least one segment.
     """
@@ -91,6 +91,8 @@ class SegmentSource:
 
     Annotations and segment borders of every video are kept; stored pictures and prompts of the
     most recently used ones, up to `cache_mib`. Safe to read from several threads.
+
+    Videos that nobody annotated have label and score 0: they can be scored, not trained on.
     """
 
     def __init__(
@@ -101,23 +103,58 @@ class SegmentSource:
         segment_s: float,
         label_fraction: float,
         cache_mib: int = 1024,
+        augmented: bool = False,
     ) -> None:
+        """Reads every record once.
+
+        Args:
+          records: the videos.
+          encoder: makes pictures and prompts of their segments.
+          segment_s: length of a segment in seconds.
+          label_fraction: as in `annotation_of`.
+          cache_mib: memory for stored pictures and prompts.
+          augmented: whether `changed` changes pictures.
+
+        Raises:
+          UserError: there are no records.
+        """
         if not len(records):
             raise UserError("the data set split holds no videos; choose another split or build it")
-        self._encoder = encoder
+        self._encoder, self._augmented = encoder, augmented
         self._videos = _VideoCache(records, cache_mib * 2**20)
         self.bounds: list[np.ndarray] = []
         self._annotations: list[Annotation] = []
+        self.without_scores: list[str] = []  # ids of the videos that nobody annotated
         for record in records:
             bounds = segment_bounds(float(record["duration_s"]), segment_s)
             self.bounds.append(bounds)
-            self._annotations.append(annotation_of(record, bounds, label_fraction))
+            if len(record["user_scores"]):
+                annotation = annotation_of(record, bounds, label_fraction)
+            else:
+                self.without_scores.append(record["video_id"])
+                annotation = Annotation(
+                    np.zeros(len(bounds), np.int32), np.zeros(len(bounds), np.float32)
+                )
+            self._annotations.append(annotation)
         self._first = np.cumsum([0] + [len(bounds) for bounds in self.bounds])
 
     def __len__(self) -> int:
         return int(self._first[-1])
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return self._row(index, None)
+
+    def changed(self, index: int, key: Sequence[int]) -> dict[str, np.ndarray]:
+        """Segment `index` for training: if the source is augmented, with changed pictures.
+
+        Args:
+          index: of the segment.
+          key: whole numbers of at least 0; the same ones make the same change.
+        """
+        change = augment.draw(np.random.default_rng(key)) if self._augmented else None
+        return self._row(index, change)
+
+    def _row(self, index: int, change: augment.Augmentation | None) -> dict[str, np.ndarray]:
         row = int(np.searchsorted(self._first, index, side="right")) - 1
         segment = int(index - self._first[row])
         start_s, end_s = self.bounds[row][segment]
@@ -134,7 +171,7 @@ class SegmentSource:
                 cached.video, start_s, end_s, sound=cached.sound[heard], label=label
             )
         return _fields(
-            self._encoder.frames(cached.video, start_s, end_s),
+            self._encoder.frames(cached.video, start_s, end_s, change),
             cached.text[read],
             label=label,
             score=annotation.score[segment],
@@ -229,8 +266,9 @@ class _VideoCache:
 class TrainIterator(Iterator[dict[str, np.ndarray]]):
     """Endless shuffled batches, as dicts of the fields of a `Batch`.
 
-    Where it stands is a number of global batches, the same in every process. So what one number of
-    processes saved, another can go on from.
+    What is random in a row depends on the seed and the row's place in the whole order alone: not on
+    threads, nor on who reads it. Where the iterator stands is a number of global batches, the same
+    in every process. So what one number of processes saved, another can go on from.
     """
 
     def __init__(
@@ -242,7 +280,8 @@ class TrainIterator(Iterator[dict[str, np.ndarray]]):
         rows: Sequence[int],
         num_threads: int,
     ) -> None:
-        self._shuffled = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+        self._shuffled = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+        self._source, self._seed = source, seed
         self._batch_size, self._rows, self._num_threads = batch_size, rows, num_threads
         # What the order depends on.
         self._order = {"segments": len(source), "seed": seed, "batch_size": batch_size}
@@ -262,8 +301,10 @@ class TrainIterator(Iterator[dict[str, np.ndarray]]):
         return batch
 
     def _read(self, batch: int) -> dict[str, np.ndarray]:
-        first = batch * self._batch_size
-        return _stack([self._shuffled[int(first + row)] for row in self._rows])
+        places = [int(batch * self._batch_size + row) for row in self._rows]
+        return _stack(
+            [self._source.changed(self._shuffled[place], (self._seed, place)) for place in places]
+        )
 
     def get_state(self) -> dict[str, int]:
         """Batches taken, and what their order depends on."""
@@ -307,8 +348,16 @@ def train_iterator(
       num_threads: threads that decode.
 
     Raises:
-      UserError: the batch is larger than the data.
+      UserError: the batch is larger than the data, or somebody has yet to annotate a video.
     """
+    if source.without_scores:
+        missing = source.without_scores
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise UserError(
+            f"{len(missing)} of {len(source.bounds)} videos of the training split have no scores "
+            f"to learn from ({', '.join(missing[:3])}{more}); give each a scores file in the "
+            "manifest (docs/OWN_VIDEOS.md), or leave it out"
+        )
     if batch_size > len(source):
         raise UserError(
             f"batch_size={batch_size} exceeds the {len(source)} segments of the training split; "

@@ -10,8 +10,10 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import importlib.resources
+import itertools
 import os
 import string
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -121,18 +123,30 @@ class PromptEncoder:
         return no, yes
 
     def encode(
-        self, *, title: str, transcript: str, sound: str, label: int, caption: str = ""
+        self,
+        *,
+        title: str,
+        transcript: str,
+        sound: str,
+        label: int,
+        before: Sequence[str] = (),
+        after: Sequence[str] = (),
+        caption: str = "",
     ) -> dict[str, np.ndarray]:
         """Tokens and masks of one segment.
 
-        What does not fit is cut from the end of the transcript, then of the title; never from the
-        sound, the separator or the label. A caption is cut to `caption_len`.
+        What does not fit is cut word by word, the farthest from the segment first: from the ends of
+        `before` and `after`, then from the end of `transcript`, then of the title; never from the
+        sound, the separator or the label. Lines of `before` and `after` come in by turns, nearest
+        first. A caption is cut to `caption_len`.
 
         Args:
           title: the video's title.
           transcript: what is said in the segment.
           sound: what the sound is like, in words.
           label: 0 or 1, the target.
+          before: lines that are said before the segment, in the order of time.
+          after: lines that are said after it, in the order of time.
           caption: what is seen and heard, told after the label.
 
         Returns:
@@ -141,7 +155,7 @@ class PromptEncoder:
         suffix = self._suffixes()[label]
         separator = self.tokenizer.separator
         budget = self.text_len - 1 - len(separator) - len(suffix)
-        prefix = [BOS, *self._fit(title, transcript, sound, budget), *separator]
+        prefix = [BOS, *self._fit(title, (before, transcript, after), sound, budget), *separator]
         if caption and self.caption_len:
             told = self.tokenizer.encode(f" {caption}")[: self.caption_len]
             suffix = [*suffix[:-1], *told, EOS]
@@ -154,19 +168,34 @@ class PromptEncoder:
             "mask_loss": (position >= num_prefix) & (position < num_real),
         }
 
-    def _fit(self, title: str, transcript: str, sound: str, budget: int) -> list[int]:
+    def _fit(
+        self,
+        title: str,
+        said: tuple[Sequence[str], str, Sequence[str]],  # before, in and after the segment
+        sound: str,
+        budget: int,
+    ) -> list[int]:
         """The prompt with as many words, the title's first, as `budget` tokens hold."""
-        title_words, transcript_words = title.split(), transcript.split()
+        before, within, after = said
+        title_words, within_words = title.split(), within.split()
+        around = _outward(before, after)
 
         def ids_of(num_words: int) -> list[int]:
+            num_within = max(0, num_words - len(title_words))
+            kept = around[: max(0, num_within - len(within_words))]
+            transcript = [
+                *reversed([word for word, is_before in kept if is_before]),
+                *within_words[:num_within],
+                *[word for word, is_before in kept if not is_before],
+            ]
             text = self.template.fill(
                 title=" ".join(title_words[:num_words]),
-                transcript=" ".join(transcript_words[: max(0, num_words - len(title_words))]),
+                transcript=" ".join(transcript),
                 sound=sound,
             )
             return self.tokenizer.encode(text)
 
-        num_words = len(title_words) + len(transcript_words)
+        num_words = len(title_words) + len(within_words) + len(around)
         ids = ids_of(num_words)
         if len(ids) > budget:
             fitting = (
@@ -175,3 +204,15 @@ class PromptEncoder:
             # Without any word only a long sound or template is left: cut it like any text.
             ids = ids_of(max(fitting, 0))[:budget]
         return ids
+
+
+def _outward(before: Sequence[str], after: Sequence[str]) -> list[tuple[str, bool]]:
+    """Words by their distance from the segment, lines by turns, and whether they come before it.
+
+    `_outward(["a b", "c d"], ["e f"])` is d, c, e, f, b, a.
+    """
+    words = []
+    for line_before, line_after in itertools.zip_longest(reversed(before), after, fillvalue=""):
+        words += [(word, True) for word in reversed(line_before.split())]
+        words += [(word, False) for word in line_after.split()]
+    return words

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 import numpy as np
 import PIL.Image
 
-from deevisum_jax.data import audio, subtitles
+from deevisum_jax.data import audio, augment, subtitles
 from deevisum_jax.data.prompts import PromptEncoder
+from deevisum_jax.errors import UserError
 from deevisum_jax.typing import INPUTS, RESIZES
 
 # Stands for a picture that is left out; close to 0 after the model's scaling to [-1, 1].
@@ -53,22 +54,45 @@ class SegmentEncoder:
     num_frames: int  # I, pictures per segment
     image_size: int  # H = W, pixels
     resize: str = "bilinear"  # of `RESIZES`
+    context_s: float = 0.0  # seconds before and after a segment whose transcript is told, too
     left_out: tuple[str, ...] = ()  # inputs withheld, of `INPUTS`: for ablations
 
     def __post_init__(self) -> None:
         assert set(self.left_out) <= set(INPUTS), self.left_out
         assert self.resize in RESIZES, self.resize
 
-    def frames(self, video: Video, start_s: float, end_s: float) -> np.ndarray:
-        """`uint8[I, H, W, 3]`: the stored frames nearest to I evenly spaced instants."""
+    def frames(
+        self,
+        video: Video,
+        start_s: float,
+        end_s: float,
+        change: augment.Augmentation | None = None,
+    ) -> np.ndarray:
+        """`uint8[I, H, W, 3]`: the stored frames nearest to I evenly spaced instants.
+
+        Args:
+          video: theirs.
+          start_s: where the segment starts, in seconds.
+          end_s: where it ends.
+          change: made to all of them alike; None = none.
+
+        Raises:
+          UserError: the video is stored without pictures.
+        """
         size = self.image_size
         if "picture" in self.left_out:
             return np.full((self.num_frames, size, size, 3), _GRAY, np.uint8)
+        if not len(video.frames):
+            raise UserError(
+                f"the video {video.title!r} is stored without pictures, as those of a data set of "
+                "features are; choose a data set with them (data.dataset), or leave pictures out "
+                "(data.left_out)"
+            )
         instants = (
             start_s + (np.arange(self.num_frames) + 0.5) * (end_s - start_s) / self.num_frames
         )
         nearest = np.abs(np.asarray(video.frame_times)[None] - instants[:, None]).argmin(axis=1)
-        return np.stack([_picture(video.frames[i], size, self.resize) for i in nearest])
+        return np.stack([_picture(video.frames[i], size, self.resize, change) for i in nearest])
 
     def sound(self, video: Video, start_s: float, end_s: float) -> str:
         """What a segment sounds like, in words; costs some milliseconds, so keep it."""
@@ -88,22 +112,35 @@ class SegmentEncoder:
         """
         centre = (start_s + end_s) / 2
         has_text = "text" not in self.left_out
+        cues = video.cues if has_text else ()
+        before, after = (
+            subtitles.lines_around(cues, start_s, end_s, self.context_s)
+            if self.context_s
+            else ((), ())
+        )
         return self.prompts.encode(
             title=video.title if has_text else "",
-            transcript=subtitles.text_between(video.cues, start_s, end_s) if has_text else "",
+            transcript=subtitles.text_between(cues, start_s, end_s),
             sound=sound,
             label=label,
+            before=before,
+            after=after,
             caption=subtitles.text_between(video.captions, centre, centre),
         )
 
 
-def _picture(frame: np.ndarray | bytes, size: int, resize: str) -> np.ndarray:
+def _picture(
+    frame: np.ndarray | bytes, size: int, resize: str, change: augment.Augmentation | None
+) -> np.ndarray:
     image = (
         PIL.Image.open(io.BytesIO(frame))
         if isinstance(frame, bytes)
         else PIL.Image.fromarray(frame)
     )
+    resample = PIL.Image.Resampling[resize.upper()]
+    if change is not None:
+        return change.apply(image, size, resample)
     if image.size != (size, size):
         # The aspect is not kept, as in big_vision and in Hugging Face.
-        image = image.resize((size, size), PIL.Image.Resampling[resize.upper()])
+        image = image.resize((size, size), resample)
     return np.asarray(image.convert("RGB"))

@@ -9,6 +9,7 @@ import PIL.Image
 import pytest
 
 from deevisum_jax import datasets, experiment
+from deevisum_jax.config import DataConfig
 from deevisum_jax.data import pipeline
 from deevisum_jax.data.pipeline import SegmentSource, annotation_of, in_order, train_iterator
 from deevisum_jax.data.prompts import load_template
@@ -20,8 +21,9 @@ class Encoder:
 
     left_out = ()
 
-    def frames(self, video, start_s, end_s):
-        return np.array([start_s, end_s])
+    def frames(self, video, start_s, end_s, change=None):
+        tint = 0.0 if change is None else change.brightness
+        return np.array([start_s, end_s, tint])
 
     def sound(self, video, start_s, end_s):
         return ""
@@ -42,10 +44,16 @@ class Counted(list):
         return super().__getitem__(index)
 
 
+def tints(batch) -> list[float]:
+    """How pictures were changed, row by row; see `Encoder`."""
+    return batch["frames"][:, 2].tolist()
+
+
 def record(title: str, *, duration_s: float = 6.0, frame: bytes = b"", **changes):
     """A video whose points, one per two seconds, two people find more important in the end."""
     times = np.arange(1.0, duration_s, 2.0)
     return {
+        "video_id": title,
         "title": title,
         "duration_s": duration_s,
         "frames": [frame],
@@ -115,7 +123,7 @@ def test_a_source_is_all_segments_in_order():
     assert len(source) == 12
     rows = [source[i] for i in range(12)]
     assert [(int(row["video_id"]), int(row["segment"])) for row in rows] == ALL
-    np.testing.assert_array_equal(rows[5]["frames"], [4, 6])  # third segment of the second video
+    np.testing.assert_array_equal(rows[5]["frames"], [4, 6, 0])  # third segment of the second video
     assert rows[5]["tokens"].tolist() == [ord("b"), 1]  # the best of three is labelled
     assert [row["label"] for row in rows[:3]] == [0, 0, 1]
     np.testing.assert_allclose([row["score"] for row in rows[:3]], [0, 0.5, 1])
@@ -187,6 +195,47 @@ def test_what_one_number_of_processes_saved_another_goes_on_from():
     assert take(whole, 2) == uninterrupted[5:]
 
 
+def test_pictures_change_only_in_training_and_only_where_asked():
+    assert tints(next(train_iterator(source_of(), batch_size=4, seed=0))) == [0] * 4
+    source = source_of(augmented=True)
+    assert 0 not in tints(next(train_iterator(source, batch_size=4, seed=0)))
+    assert tints(next(in_order(source, batch_size=4))) == [0] * 4
+    assert source[0]["frames"][2] == 0
+
+
+def test_every_epoch_and_every_seed_changes_pictures_in_a_way_of_its_own():
+    def changes(seed):
+        iterator = train_iterator(source_of(augmented=True), batch_size=4, seed=seed)
+        return joined(tints(next(iterator)) for _ in range(9))  # three epochs
+
+    assert len(set(changes(0))) == 36
+    assert changes(0) == changes(0)
+    assert not set(changes(0)) & set(changes(1))
+
+
+@pytest.mark.parametrize("rows", [[0, 1], [1, 3], [2]])
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_changes_do_not_depend_on_processes_threads_or_where_training_resumed(rows, num_threads):
+    source = source_of(augmented=True)
+    one = train_iterator(source, batch_size=4, seed=0)
+    whole = [tints(next(one)) for _ in range(7)]
+    other = train_iterator(source, batch_size=4, seed=0, rows=rows, num_threads=num_threads)
+    other.set_state({"batches": 3, "segments": 12, "seed": 0, "batch_size": 4})
+    for batch in whole[3:]:
+        assert tints(next(other)) == [batch[row] for row in rows]
+
+
+def test_videos_without_scores_can_be_scored_and_not_trained_on():
+    nobody = {"user_scores": np.zeros((0, 0), np.float32), "score_times": np.zeros(0)}
+    records = [record("a"), record("b", **nobody), record("c", **nobody)]
+    source = SegmentSource(records, Encoder(), segment_s=2.0, label_fraction=0.5)
+    [batch] = in_order(source, batch_size=9)
+    assert names(batch) == ALL[:9]
+    assert batch["score"][3:].tolist() == [0] * 6
+    with pytest.raises(UserError, match=r"2 of 3 videos .* no scores .*\(b, c\)"):
+        train_iterator(source, batch_size=1, seed=0)
+
+
 def test_a_position_in_other_data_is_refused():
     state = train_iterator(source_of(4), batch_size=4, seed=0).get_state()
     other = train_iterator(source_of(3), batch_size=4, seed=0)
@@ -205,7 +254,7 @@ def test_in_order_fills_the_last_batch_with_rows_that_do_not_count():
     assert batches[0]["valid"].all()
     assert names(batches[2])[:2] == ALL[10:]
     np.testing.assert_array_equal(batches[2]["valid"], [1, 1, 0, 0, 0])
-    assert {batch["frames"].shape for batch in batches} == {(5, 2)}
+    assert {batch["frames"].shape for batch in batches} == {(5, 3)}
 
 
 @pytest.mark.parametrize("batch_size", [4, 8, 16, 32])
@@ -263,7 +312,9 @@ def test_a_record_becomes_a_video():
 
 def test_real_records_give_whole_rows(tiny_config, data_dir, tmp_path):
     config = tiny_config()
-    records = datasets.Dataset("synthetic/tiny", str(data_dir)).split("validation")
+    records = datasets.Dataset(DataConfig(dataset="synthetic/tiny", data_dir=str(data_dir))).split(
+        "validation"
+    )
     template = experiment.make_template(config, tmp_path)
     tokens = experiment.make_tokenizer(config, tmp_path, template, records, None)
     encoder = experiment.make_encoder(config, tokens, template, 28)

@@ -76,6 +76,81 @@ def test_what_does_not_fit_is_cut_from_the_transcript_then_from_the_title(text_l
     np.testing.assert_array_equal(target, [*map(ord, "yes"), EOS])
 
 
+@pytest.mark.parametrize(
+    ("letters", "prefix"),
+    [
+        # By turns from the segment outward: d, e; c; f; b; g; a, h.
+        # By turns from the segment outward: d, e, c, f, b, g, a, h.
+        (26, "t|a b c d S T e f g h|s"),
+        (23, "t|a b c d S T e f g h|s"),
+        (22, "t|a b c d S T e f g|s"),
+        (20, "t|b c d S T e f g|s"),
+        (18, "t|b c d S T e f|s"),
+        (16, "t|c d S T e f|s"),
+        (14, "t|c d S T e|s"),
+        (12, "t|d S T e|s"),
+        (10, "t|d S T|s"),
+        (8, "t|S T|s"),
+        (6, "t|S|s"),
+        (4, "t||s"),
+        (3, "||s"),
+    ],
+)
+def test_around_the_segment_the_farthest_words_are_cut_first(letters, prefix):
+    # text_len - BOS - separator - "yes" - EOS = text_len - 6 letters of prefix.
+    encoded = encoder(letters + 6).encode(
+        title="t",
+        before=["a", "b", "c", "d"],
+        transcript="S T",
+        after=["e", "f", "g", "h"],
+        sound="s",
+        label=1,
+    )
+    assert prefix_of(encoded) == prefix
+    target = encoded["tokens"][encoded["mask_loss"]]
+    np.testing.assert_array_equal(target, [*map(ord, "yes"), EOS])
+
+
+@pytest.mark.parametrize(
+    ("letters", "prefix"),
+    [
+        (23, "|a b c d S e f g h i j|"),
+        (21, "|a b c d S e f g h i|"),
+        (19, "|a b c d S e f g h|"),
+        (17, "|b c d S e f g h|"),
+        (13, "|b c d S e f|"),
+        (11, "|b c d S e|"),
+        (9, "|b c d S|"),
+        (7, "|c d S|"),
+        (5, "|d S|"),
+        (3, "|S|"),
+    ],
+)
+def test_lines_before_and_behind_come_in_by_turns(letters, prefix):
+    # Outward: d c b, e f g h, a, i j.
+    encoded = encoder(letters + 6).encode(
+        title="", before=["a", "b c d"], transcript="S", after=["e f g h", "i j"], sound="", label=1
+    )
+    assert prefix_of(encoded) == prefix
+
+
+def test_one_side_goes_on_where_the_other_has_ended():
+    encode = encoder(7 + 6).encode
+    said = {"title": "", "transcript": "", "sound": "", "label": 1}
+    assert prefix_of(encode(before=["a", "b", "c"], after=[], **said)) == "|a b c|"
+    assert prefix_of(encode(before=[], after=["a b c", "d e"], **said)) == "|a b c|"
+    assert prefix_of(encode(before=["a"], after=["b", "c d"], **said)) == "|a b c|"
+
+
+def test_neighbours_never_push_out_the_title_or_what_is_said_in_the_segment():
+    long = ["x " * 50]
+    encoded = encoder(18 + 6).encode(
+        title="ab cd", before=long, transcript="p q r", after=long, sound="s", label=1
+    )
+    # 13 letters without neighbours, and two more take 4.
+    assert prefix_of(encoded) == "ab cd|x x p q r|s"
+
+
 def test_a_full_row_has_no_pads():
     encoded = encoder(19).encode(title="ab cd", transcript="x y z", sound="s", label=1)
     assert encoded["mask_input"].all()

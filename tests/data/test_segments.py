@@ -7,10 +7,12 @@ import PIL.Image
 import pytest
 
 from deevisum_jax.data import audio
+from deevisum_jax.data.augment import Augmentation
 from deevisum_jax.data.prompts import PromptEncoder, PromptTemplate
 from deevisum_jax.data.segments import SegmentEncoder, Video, segment_bounds
 from deevisum_jax.data.subtitles import Cue
 from deevisum_jax.data.tokenizer import train_tokenizer
+from deevisum_jax.errors import UserError
 
 SIZE = 8
 RATE = audio.SAMPLE_RATE
@@ -133,3 +135,32 @@ def test_inputs_can_be_left_out(make_encoder):
     assert (make_encoder(left_out=("picture",)).frames(video(), 0, 2) == 127).all()
     assert said(make_encoder(left_out=("text",)), video(), 0, 2) == "||silent\nno"
     assert said(make_encoder(left_out=("sound",)), video(), 0, 2) == "the ball|hello|\nno"
+
+
+def test_what_is_said_around_the_segment(make_encoder):
+    encoder = make_encoder(context_s=2.0)
+    assert said(encoder, video(), 0, 2) == "the ball|hello goodbye|silent\nno"
+    assert said(encoder, video(), 2, 4) == "the ball|hello goodbye|silent\nno"
+    assert said(make_encoder(context_s=0.4), video(), 2, 4) == "the ball|goodbye|silent\nno"
+    blind = make_encoder(context_s=2.0, left_out=("text",))
+    assert said(blind, video(), 0, 2) == "||silent\nno"
+
+
+def test_a_video_without_pictures_is_named(make_encoder):
+    bare = video(frames=[], frame_times=np.zeros(0))
+    with pytest.raises(UserError, match="'the ball' is stored without pictures"):
+        make_encoder().frames(bare, 0, 2)
+    assert (make_encoder(left_out=("picture",)).frames(bare, 0, 2) == 127).all()
+
+
+def test_all_pictures_of_a_segment_are_changed_alike(make_encoder):
+    change = Augmentation(brightness=0.5)
+    frames = make_encoder().frames(video(), 0, 2, change)
+    np.testing.assert_array_equal(frames[:, 0, 0, 0], [5, 15])
+    striped = np.zeros((SIZE, SIZE, 3), np.uint8)
+    striped[:, :2] = 200
+    frames = make_encoder().frames(
+        video(frames=[striped] * 8), 0, 2, Augmentation(mirrored=True, box=(0, 0, 0.5, 1))
+    )
+    # Of the left half, made as wide as all, the left half is bright; mirrored it is the right one.
+    np.testing.assert_array_equal(frames[:, 0, [0, 7], 0], [[0, 200]] * 2)
