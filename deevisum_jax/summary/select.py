@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from deevisum_jax.errors import UserError
-from deevisum_jax.summary.knapsack import knapsack
+from deevisum_jax.summary.knapsack import knapsack, knapsack_rows
 from deevisum_jax.summary.shots import Shot
 
 # A film's knapsack counts in parts of the budget: milliseconds, or for long films (from 50 s of
@@ -19,26 +19,29 @@ DEFAULT_BUDGET = 0.15  # of the frames, the field's convention since TVSum (Song
 
 
 def shot_scores(frame_scores: np.ndarray, shots: Sequence[Shot] | np.ndarray) -> np.ndarray:
-    """float64[S]: the mean score of each shot's frames.
+    """float64[..., S]: the mean score of each shot's frames.
 
     Args:
-      frame_scores: float[n_frames].
+      frame_scores: float[..., n_frames], of one or of several people.
       shots: `Shot`s, or int[S, 2] of native frames, half-open.
 
     Raises:
       UserError: a shot is empty or reaches past the frames.
     """
     frame_scores = np.asarray(frame_scores, np.float64)
+    n_frames = frame_scores.shape[-1]
     bounds = shot_bounds(shots)
     if len(bounds) and (
-        bounds.min() < 0 or bounds.max() > len(frame_scores) or (bounds[:, 1] <= bounds[:, 0]).any()
+        bounds.min() < 0 or bounds.max() > n_frames or (bounds[:, 1] <= bounds[:, 0]).any()
     ):
         raise UserError(
-            f"shots must be non-empty and lie in [0, {len(frame_scores)}] frames, got bounds from "
+            f"shots must be non-empty and lie in [0, {n_frames}] frames, got bounds from "
             f"{bounds.min()} to {bounds.max()}; shots are half-open in native frames"
         )
-    total = np.concatenate([[0.0], np.cumsum(frame_scores)])
-    means = (total[bounds[:, 1]] - total[bounds[:, 0]]) / (bounds[:, 1] - bounds[:, 0])
+    total = np.zeros((*frame_scores.shape[:-1], n_frames + 1))
+    np.cumsum(frame_scores, axis=-1, out=total[..., 1:])
+    starts, ends = bounds.T
+    means = (total[..., ends] - total[..., starts]) / (ends - starts)
     return means.round(12)  # equal scores must tie in the knapsack whatever the sums' rounding
 
 
@@ -70,12 +73,60 @@ def select_summary(
     Raises:
       UserError: the budget is outside (0, 1], or scores and lengths do not fit (see `knapsack`).
     """
+    return knapsack(shot_scores, shot_lengths_frames, budget_frames(n_frames, budget))
+
+
+def annotator_summaries(
+    user_scores: np.ndarray,
+    shots: Sequence[Shot] | np.ndarray,
+    n_frames: int,
+    budget: float = DEFAULT_BUDGET,
+) -> np.ndarray:
+    """Every annotator's summary, made of their scores as a prediction's is (`select_summary`).
+
+    The way the community's TVSum files came to theirs (Zhang et al. 2016).
+
+    Args:
+      user_scores: float[U, n_frames], each annotator's score of every native frame.
+      shots: `Shot`s, or int[S, 2] of native frames, half-open.
+      n_frames: length of the whole video.
+      budget: the share of the video that a summary may fill, in (0, 1].
+
+    Returns:
+      bool[U, n_frames], 1 = frame is in the annotator's summary.
+
+    Raises:
+      UserError: there are not n_frames scores, one is not a finite number, a shot is empty or
+        reaches past the frames, or the budget is outside (0, 1].
+    """
+    user_scores = np.asarray(user_scores)
+    if user_scores.ndim != 2 or user_scores.shape[1] != n_frames:
+        raise UserError(
+            f"annotators' scores must be [annotators, {n_frames} frames], got "
+            f"{list(user_scores.shape)}; hold each score until the next annotated frame"
+        )
+    bounds = shot_bounds(shots)
+    chosen = knapsack_rows(
+        shot_scores(user_scores, bounds), np.diff(bounds)[:, 0], budget_frames(n_frames, budget)
+    )
+    summaries = np.zeros(user_scores.shape, bool)
+    for s, (start, end) in enumerate(bounds.tolist()):
+        summaries[:, start:end] = chosen[:, s, None]
+    return summaries
+
+
+def budget_frames(n_frames: int, budget: float = DEFAULT_BUDGET) -> int:
+    """How many of a video's frames a summary may have: floor(budget * n_frames).
+
+    Raises:
+      UserError: the budget is outside (0, 1].
+    """
     if not 0 < budget <= 1:
         raise UserError(
             f"the budget is a share of the video in (0, 1], got {budget}; 0.15 is usual"
         )
-    # The nudge keeps 0.15 * 100 at 15 although the product is 14.999999999999998.
-    return knapsack(shot_scores, shot_lengths_frames, int(np.floor(budget * n_frames + 1e-9)))
+    # The nudge keeps 0.29 * 100 at 29 although the product is 28.999999999999996.
+    return math.floor(budget * n_frames + 1e-9)
 
 
 def select_film(shot_scores: np.ndarray, lengths_s: np.ndarray, budget_s: float) -> np.ndarray:

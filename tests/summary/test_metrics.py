@@ -1,5 +1,6 @@
 """F1, tau and rho by hand and against scipy."""
 
+import h5py
 import numpy as np
 import pytest
 from scipy import stats
@@ -43,12 +44,62 @@ def test_matrices_agree_with_scipy(seed):
             assert metrics.kendall_tau(a[i], b[j]) == pytest.approx(tau[i, j], abs=1e-12)
 
 
-def test_tau_matrix_of_scores_with_many_levels():
+@pytest.mark.parametrize("n", [1, 7, 64, 65, 1000])
+def test_f1_matrix_is_f1_of_every_two(n):
+    rng = np.random.default_rng(n)
+    a, b = rng.random((3, n)) < 0.3, rng.random((5, n)) < 0.5
+    expected = [[metrics.f1(x, y) for y in b] for x in a]
+    np.testing.assert_array_equal(metrics.f1_matrix(a, b), expected)
+    np.testing.assert_array_equal(metrics.f1_matrix(a.astype(np.uint8), 2.5 * b), expected)
+
+
+ROWS = {
+    "five levels": lambda rng: rng.integers(1, 6, (3, 200)),
+    "five levels, every row its own": lambda rng: (
+        rng.integers(1, 6, (40, 200)) * rng.random((40, 1))
+    ),
+    "ninety levels": lambda rng: rng.integers(0, 90, (2, 200)),
+    "no ties": lambda rng: rng.random((2, 200)),
+    "mostly tied": lambda rng: np.maximum(rng.random((3, 200)), 0.9),
+    "one constant": lambda rng: np.arange(200) * np.array([[1], [0]]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:An input array is constant")
+@pytest.mark.parametrize("cells", [metrics._MOST_CELLS, 2000], ids=["whole", "in parts"])
+@pytest.mark.parametrize("b", ROWS)
+@pytest.mark.parametrize("a", ROWS)
+def test_tau_and_rho_of_any_two_kinds_of_scores(a, b, cells, monkeypatch):
+    monkeypatch.setattr(metrics, "_MOST_CELLS", cells)
+    x, y = ROWS[a](np.random.default_rng(0)), ROWS[b](np.random.default_rng(1))
+    tau, rho = metrics.kendall_tau_matrix(x, y), metrics.spearman_rho_matrix(x, y)
+    for i, row in enumerate(x[:3]):
+        for j, other in enumerate(y[:3]):
+            expected = np.nan_to_num(stats.kendalltau(row, other).statistic)  # constant: 0
+            assert tau[i, j] == pytest.approx(expected, abs=1e-12)
+            expected = np.nan_to_num(stats.spearmanr(row, other).statistic)
+            assert rho[i, j] == pytest.approx(expected, abs=1e-12)
+
+
+def test_real_annotators_as_scipy_has_them(shared_data):
     rng = np.random.default_rng(0)
-    a, b = rng.integers(0, 90, (2, 200)), rng.random((2, 200))
-    tau = metrics.kendall_tau_matrix(a, b)
-    np.testing.assert_allclose(tau, metrics.kendall_tau_matrix(b, a).T, atol=1e-12)
-    assert tau[1, 0] == pytest.approx(stats.kendalltau(a[1], b[0]).statistic, abs=1e-12)
+    with h5py.File(shared_data / "tvsum" / "matlab" / "ydata-tvsum50.mat") as file:
+        for reference in file["tvsum50"]["user_anno"][()].ravel()[[0, 24, 49]]:
+            scores = file[reference][:, ::15]
+            predicted = rng.random((1, scores.shape[1]))
+            for matrix, published in (
+                (metrics.kendall_tau_matrix, stats.kendalltau),
+                (metrics.spearman_rho_matrix, stats.spearmanr),
+            ):
+                for rows in (predicted, scores[:4]):
+                    expected = [[published(x, y).statistic for y in scores] for x in rows]
+                    np.testing.assert_allclose(matrix(rows, scores), expected, rtol=0, atol=1e-12)
+
+
+def test_one_point_has_no_order():
+    one = np.ones((1, 1))
+    assert metrics.kendall_tau_matrix(one, one).tolist() == [[0.0]]
+    assert metrics.spearman_rho_matrix(one, one).tolist() == [[0.0]]
 
 
 def test_a_constant_says_nothing():
@@ -64,5 +115,11 @@ def test_says_what_is_wrong():
         metrics.f1(np.ones(3, bool), np.ones(4, bool))
     with pytest.raises(UserError, match="common length"):
         metrics.kendall_tau([1, 2], [1, 2, 3])
-    with pytest.raises(UserError, match="not a finite number"):
-        metrics.spearman_rho([1, np.nan], [1, 2])
+    with pytest.raises(UserError, match="common length"):
+        metrics.f1_matrix(np.ones((1, 3), bool), np.ones((1, 4), bool))
+    for compare in (metrics.kendall_tau, metrics.spearman_rho):
+        with pytest.raises(UserError, match="not a finite number"):
+            compare([1, np.nan], [1, 2])
+    for compare in (metrics.kendall_tau_matrix, metrics.spearman_rho_matrix, metrics.f1_matrix):
+        with pytest.raises(UserError, match="not a finite number"):
+            compare(np.ones((1, 2)), np.array([[1, np.nan]]))
