@@ -20,15 +20,15 @@ import re
 import shutil
 import threading
 import time
-import unicodedata
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, Protocol, TypeVar
 
 from etils import epath
 
-from deevisum_jax import files
-from deevisum_jax.errors import PreemptedError, UserError, closest
+from deevisum_jax import files, manifest
+from deevisum_jax.errors import PreemptedError, UserError
+from deevisum_jax.manifest import Item, printable
 from deevisum_jax.summary import report
 
 MARKER = "summary.json"  # the last file of a finished video
@@ -42,12 +42,6 @@ _RESERVED = (*_FILES, _FAILED_FOLDER)
 _PARTS = re.compile(
     r"report\.html|summary\.mp4|keyframes(/[0-9]+_[0-9.]+s\.jpg)?|\.[^/]+\.partial(/.*)?"
 )
-
-_COLUMNS = ("video", "title", "subtitles", "id")
-_NUM_SHOWN = 10  # problems of a manifest, or of what is there
-_MAX_ID_BYTES = 200
-# Of paths on any system and of addresses of objects, and what `gcloud storage` takes for patterns.
-_UNSAFE = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|#\[\]]')
 
 _NUM_REQUESTS = 16  # at a time, to a bucket
 _NUM_ROUNDS = 5  # of writing the index while others change what it tells
@@ -65,156 +59,14 @@ class VideoError(Exception):
 # ---- The list ----
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Item:
-    """A row of a manifest."""
-
-    id: str  # names its folder
-    video: epath.Path
-    title: str | None = None
-    subtitles: epath.Path | str | None = None  # "none" takes none, None looks beside and inside
-
-    @property
-    def row(self) -> dict[str, str | None]:
-        """What its summary is made of; the same wherever the manifest is read from."""
-        words = self.subtitles
-        return {
-            "video": _absolute(self.video),
-            "title": self.title,
-            "subtitles": words if words in (None, "none") else _absolute(words),
-        }
-
-
-def _absolute(path: epath.Path) -> str:
-    return os.fspath(path) if files.in_bucket(path) else printable(os.path.abspath(path))
-
-
 def read_manifest(path: epath.Path) -> list[Item]:
-    """The videos that a CSV file lists, in its order.
-
-    Its first row names the columns: `video` (a path, relative to the manifest's folder, or an
-    address in a bucket) and, where wanted, `title`, `subtitles` ("none" takes none) and `id` (else
-    the name of the file without its ending).
+    """The videos that a CSV file lists, in its order; see `manifest.read`.
 
     Raises:
       UserError: it cannot be read, has other columns or no rows, or rows that cannot be; all of
         them are named.
     """
-    with files.open_binary(path) as stream:
-        content = stream.read()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}, line {line}: not UTF-8 text; save the file as UTF-8") from error
-    rows = _rows(path, text)
-    _, header = next(rows, (0, []))
-    if not header:
-        raise UserError(f"{path} is empty; its first row names the columns: {', '.join(_COLUMNS)}")
-    while not header[-1]:  # spreadsheets write them
-        header.pop()
-    _check_columns(path, header)
-    rows = list(rows)
-    if not rows:
-        raise UserError(f"{path} lists no video; give it a row for each, below {','.join(header)}")
-    items: dict[int, Item] = {}
-    problems = []
-    for line, cells in rows:
-        while len(cells) > len(header) and not cells[-1]:
-            cells.pop()
-        if len(cells) > len(header):
-            problems.append(f"line {line} has {len(cells)} cells for {len(header)} columns")
-            continue
-        try:
-            items[line] = _item(path.parent, dict(zip(header, cells, strict=False)))
-        except UserError as error:
-            problems.append(f"line {line}: {error}")
-    problems += _repeated(items)
-    if problems:
-        raise UserError(_lines(f"{path} has rows to correct:", problems))
-    return list(items.values())
-
-
-def _rows(path: epath.Path, text: str) -> Iterator[tuple[int, list[str]]]:
-    """Rows that are not empty, each with the number of its first line."""
-    lines = csv.reader(io.StringIO(text, newline=""), strict=True)
-    while True:
-        line = lines.line_num + 1
-        try:
-            cells = [cell.strip() for cell in next(lines)]
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise UserError(
-                f"{path}, line {line}: no CSV ({error}); mend the quotes, or save it anew with "
-                "commas between the cells"
-            ) from error
-        if any(cells):
-            yield line, cells
-
-
-def _lines(first: str, problems: Sequence[str], *last: str) -> str:
-    more = len(problems) - _NUM_SHOWN
-    shown = [*problems[:_NUM_SHOWN], *([f"and {more} more"] if more > 0 else [])]
-    return "\n".join([first, *(f"  {problem}" for problem in shown), *last])
-
-
-def _check_columns(path: epath.Path, header: Sequence[str]) -> None:
-    for mark, name in ((";", "semicolons"), ("\t", "tabs")):
-        if mark in header[0]:
-            raise UserError(f"{path} has {name} between the cells; save it with commas")
-    unknown = [name for name in header if name not in _COLUMNS]
-    if unknown:
-        advice = "; ".join(f"{name!r}: {closest(name, _COLUMNS)}" for name in unknown)
-        raise UserError(f"{path} has columns that are not known ({advice})")
-    if "video" not in header:
-        raise UserError(f"{path} has no column video, the path of each; it has {', '.join(header)}")
-    if len(set(header)) < len(header):
-        raise UserError(f"{path} names a column twice ({', '.join(header)}); remove one")
-
-
-def _item(home: epath.Path, cells: Mapping[str, str]) -> Item:
-    if not cells["video"]:
-        raise UserError("the column video is empty")
-    subtitles = cells.get("subtitles") or None
-    if subtitles not in (None, "none"):
-        subtitles = _within(home, subtitles)
-    video = _within(home, cells["video"])
-    name = cells.get("id") or video.stem
-    if _UNSAFE.search(name) or name[0] == "." or name[-1] in ". " or not _fits(name):
-        raise UserError(
-            f"id {name!r} is no good name of a folder; give it one in the column id, of letters, "
-            "digits, spaces, - and _"
-        )
-    if _folded(name) in _RESERVED:
-        raise UserError(f"id {name!r} is a file or folder of its own in --out; choose another id")
-    return Item(id=name, video=video, title=cells.get("title") or None, subtitles=subtitles)
-
-
-def _fits(name: str) -> bool:
-    return len(name.encode("utf-8", "surrogateescape")) <= _MAX_ID_BYTES
-
-
-def _within(home: epath.Path, text: str) -> epath.Path:
-    path = files.locate(text)
-    return path if files.in_bucket(path) or path.is_absolute() else home / path
-
-
-def _folded(name: str) -> str:
-    """Equal for names that some file systems cannot tell apart, such as a and A."""
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
-
-
-def _repeated(items: Mapping[int, Item]) -> list[str]:
-    lines = collections.defaultdict(list)
-    for line, item in items.items():
-        lines[_folded(item.id)].append(line)
-    return [
-        f"lines {', '.join(map(str, where))} have the same id {items[where[0]].id!r}; tell them "
-        "apart in the column id"
-        for where in lines.values()
-        if len(where) > 1
-    ]
+    return manifest.read(path, reserved=_RESERVED)
 
 
 def share(items: Sequence[Item], index: int, count: int) -> list[Item]:
@@ -296,7 +148,7 @@ class Corpus:
                 problems.append(f"{folder}: holds something else than a summary")
         if problems:
             raise UserError(
-                _lines(
+                manifest.listing(
                     f"{self.out} holds what is not made of the manifest's videos:",
                     problems,
                     "delete those that are to be made anew, or give --out a new folder",
@@ -466,11 +318,6 @@ def _is_half_made(folder: epath.Path) -> bool:
         return False
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
     return bool(names) and all(_PARTS.fullmatch(name) for name in names)
-
-
-def printable(text: str) -> str:
-    """What can be tokenized, printed and written: file names may hold bytes that are no text."""
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 # ---- The work ----

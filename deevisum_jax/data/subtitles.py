@@ -8,7 +8,7 @@ import html
 import itertools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import av
@@ -70,17 +70,20 @@ def load_subtitles(
 ) -> list[Cue]:
     """Finds the subtitles of a video, on the clock whose 0 is the first video frame.
 
-    In this order: `subtitles_path`; a file beside the video named like it (`talk.vtt`, `talk.srt`,
-    then with a language, `talk.en.vtt`, English first); the first text stream inside the
-    container, default ones first (pictures of text, as on DVDs, are passed over); else no cues.
+    In this order: `subtitles_path` ("none" takes none); a file beside the video named like it
+    (`talk.vtt`, `talk.srt`, then with a language, `talk.en.vtt`, English first); the first text
+    stream inside the container, default ones first (pictures of text, as on DVDs, are passed over);
+    else no cues.
 
     Raises:
       UserError: the file found or given cannot be read (see `read_subtitles`), or the video cannot
         be opened.
     """
+    if subtitles_path == "none":
+        return []
     if subtitles_path is not None:
         return read_subtitles(subtitles_path)
-    sidecar = _find_sidecar(Path(video_path))
+    sidecar = find_sidecar(Path(video_path))
     if sidecar is not None:
         return read_subtitles(sidecar)
     return _read_stream(video_path)
@@ -88,26 +91,65 @@ def load_subtitles(
 
 def text_between(cues: Sequence[Cue], start_s: float, end_s: float) -> str:
     """Joins the words on screen at any moment of [start_s, end_s), each repeated cue once."""
-    texts: list[str] = []
-    for cue in cues:
-        is_on = cue.start_s < end_s and (cue.end_s > start_s or cue.start_s == cue.end_s == start_s)
-        if is_on and texts[-1:] != [cue.text]:  # rolling captions show a line again
-            texts.append(cue.text)
-    return " ".join(texts)
+    return " ".join(_once(cue.text for cue in cues if _is_on(cue, start_s, end_s)))
 
 
-def _find_sidecar(video: Path) -> Path | None:
+def lines_around(
+    cues: Sequence[Cue], start_s: float, end_s: float, context_s: float
+) -> tuple[list[str], list[str]]:
+    """What is said within `context_s` seconds before and after [start_s, end_s), but not in it.
+
+    Returns:
+      The lines before and those after, each in the order of time. A line that rolling captions
+      show again is there once, and not at all if `text_between` has it next to it.
+    """
+    before = [
+        cue.text
+        for cue in cues
+        if _is_on(cue, start_s - context_s, start_s) and not _is_on(cue, start_s, end_s)
+    ]
+    after = [
+        cue.text
+        for cue in cues
+        if _is_on(cue, end_s, end_s + context_s) and not _is_on(cue, start_s, end_s)
+    ]
+    within = [cue.text for cue in cues if _is_on(cue, start_s, end_s)]
+    while before and within and before[-1] == within[0]:
+        before.pop()
+    before = _once(before)
+    latest = within[-1:] or before[-1:]
+    return before, _once([*latest, *after])[len(latest) :]
+
+
+def _is_on(cue: Cue, start_s: float, end_s: float) -> bool:
+    return cue.start_s < end_s and (cue.end_s > start_s or cue.start_s == cue.end_s == start_s)
+
+
+def _once(lines: Iterable[str]) -> list[str]:
+    """Without lines that repeat the one before them, as rolling captions do."""
+    return [line for line, _ in itertools.groupby(lines)]
+
+
+def find_sidecar(video: Path, names: Iterable[str] | None = None) -> Path | None:
+    """The subtitle file beside a video that is named like it, as `load_subtitles` takes it.
+
+    Args:
+      video: the video's path.
+      names: of files beside it, all that begin like it, where they are known; None looks.
+    """
     pattern = re.compile(
         rf"{re.escape(video.stem)}(\.[A-Za-z]{{2,3}}(?:-\w+)*)?(\.vtt|\.srt)", re.I
     )
+    if names is None:
+        names = os.listdir(video.parent) if video.parent.is_dir() else ()
     found = []
-    for file in video.parent.iterdir() if video.parent.is_dir() else ():
-        match = pattern.fullmatch(file.name)
-        if match and file.is_file():
+    for name in names:
+        match = pattern.fullmatch(name)
+        if match and (video.parent / name).is_file():
             language, suffix = (match[1] or "").lower(), match[2].lower()
             is_english = re.match(r"\.eng?\b", language) is not None
-            rank = (bool(language), not is_english, language, SUFFIXES.index(suffix), file.name)
-            found.append((rank, file))
+            rank = (bool(language), not is_english, language, SUFFIXES.index(suffix), name)
+            found.append((rank, video.parent / name))
     return min(found)[1] if found else None
 
 

@@ -5,7 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from deevisum_jax.data.subtitles import Cue, load_subtitles, read_subtitles, text_between
+from deevisum_jax.data.subtitles import (
+    Cue,
+    lines_around,
+    load_subtitles,
+    read_subtitles,
+    text_between,
+)
 from deevisum_jax.errors import UserError
 from tests.media import solid_frames, write_video
 
@@ -146,6 +152,12 @@ def test_explicit_path_beats_the_sidecar(tmp_path):
     assert load_subtitles(tmp_path / "talk.mp4", given) == [Cue(1.0, 2.0, "given")]
 
 
+def test_none_takes_no_subtitles_whatever_lies_beside(tmp_path):
+    (tmp_path / "talk.vtt").write_text("WEBVTT\n\n00:00.000 --> 00:01.000\nhello\n")
+    assert [cue.text for cue in load_subtitles(tmp_path / "talk.mp4")] == ["hello"]
+    assert load_subtitles(tmp_path / "talk.mp4", "none") == []
+
+
 def test_text_stream_inside_counts_from_the_first_frame(tmp_path):
     cues = [(0.1, 0.4, "gone before"), (0.75, 1.5, "<i>Hello</i>\nthere"), (1.5, 2.0, "a &amp; b")]
     times_s = 0.5 + np.arange(16) / 8
@@ -167,3 +179,34 @@ def test_real_sidecar_and_real_stream(shared_data):
         (4.26, 8.35),
     ]
     assert cues[0].text == "NAR: This is the optical and science segment of the Webb"
+
+
+SAID = [Cue(0, 1, "a"), Cue(1, 2, "b"), Cue(2, 4, "c"), Cue(4, 5, "d"), Cue(6, 7, "e")]
+
+
+@pytest.mark.parametrize(
+    ("start_s", "end_s", "context_s", "before", "after"),
+    [
+        (2, 4, 0.5, ["b"], ["d"]),
+        (2, 4, 1, ["b"], ["d"]),  # "a" ended at 1, "e" has yet to begin
+        (2, 4, 1.1, ["a", "b"], ["d"]),
+        (2, 4, 2.1, ["a", "b"], ["d", "e"]),
+        (3, 5, 1.5, ["b"], ["e"]),  # "c" is on screen in the segment and no neighbour
+        (5, 6, 2, ["c", "d"], ["e"]),  # nothing is said in it
+        (0, 2, 100, [], ["c", "d", "e"]),
+        (8, 9, 1, [], []),
+        (8, 9, 1.5, ["e"], []),
+    ],
+)
+def test_lines_around_a_segment(start_s, end_s, context_s, before, after):
+    assert lines_around(SAID, start_s, end_s, context_s) == (before, after)
+
+
+def test_rolling_captions_around_a_segment_are_told_once():
+    cues = [Cue(i, i + 1, text) for i, text in enumerate("aabbbccd")]
+    # 0 a, 1 a, 2 b, 3 b, 4 b, 5 c, 6 c, 7 d.
+    assert lines_around(cues, 3, 4, 9) == (["a"], ["c", "d"])
+    assert text_between(cues, 3, 4) == "b"
+    silent = [cue for cue in cues if cue.start_s != 3]
+    assert text_between(silent, 3, 4) == ""
+    assert lines_around(silent, 3, 4, 9) == (["a", "b"], ["c", "d"])  # "b" on both sides
