@@ -103,10 +103,10 @@ class FrameReader:
     the way, and complete after the last frame.
     """
 
-    def __init__(self, container: InputContainer, stream: VideoStream):
+    def __init__(self, container: InputContainer, stream: VideoStream, *, one_thread: bool = False):
         self._container = container
         self._stream = stream
-        stream.thread_type = "AUTO"
+        stream.thread_type = "NONE" if one_thread else "AUTO"
         rate = stream.average_rate or stream.guessed_rate or 25
         self.period_s = float(1 / rate)
         self.zero_s: float | None = None  # container time of the first frame, once it was read

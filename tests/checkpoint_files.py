@@ -84,7 +84,7 @@ def hugging_face_model(params: Params, config: PaliGemma2Config):
 def write_run(workdir: pathlib.Path, config: Config) -> None:
     """A run of one step with random parameters, as `main` leaves it but for its report."""
     runs.claim(workdir, config)
-    records = datasets.Dataset(config.data.dataset, config.data.data_dir).split("train")
+    records = datasets.Dataset(config.data).split("train")
     template = experiment.make_template(config, workdir)
     tokens = experiment.make_tokenizer(config, workdir, template, records, None)
     model = experiment.model_config(config, tokens)

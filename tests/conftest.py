@@ -47,7 +47,7 @@ def shared_data() -> pathlib.Path:
 def data_dir(tmp_path_factory) -> pathlib.Path:
     """Folder with the built data set `synthetic/tiny`."""
     folder = tmp_path_factory.mktemp("data_sets")
-    datasets.Dataset("synthetic/tiny", str(folder))
+    datasets.Dataset(config_lib.DataConfig(dataset="synthetic/tiny", data_dir=str(folder)))
     return folder
 
 

@@ -68,7 +68,9 @@ def ours(run):
 def segments(run, data_dir):
     """All segments of the test split, as scoring sees them."""
     source = weights.open_source(str(run))
-    records = datasets.Dataset("synthetic/tiny", str(data_dir)).split("test")
+    records = datasets.Dataset(
+        config_lib.DataConfig(dataset="synthetic/tiny", data_dir=str(data_dir))
+    ).split("test")
     template = prompts.load_template(str(run / runs.TEMPLATE_FILE))
     encoder = experiment.make_encoder(source.run, source.tokens, template, 28)
     [batch] = pipeline.in_order(experiment.make_source(source.run, records, encoder), batch_size=16)

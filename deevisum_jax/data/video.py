@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import av
 import numpy as np
@@ -62,6 +62,16 @@ class DecodedVideo:
     change: np.ndarray  # float32[n_frames] in [0, 1], difference to the frame before; 0 first
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Timeline:
+    """A video that was shown frame by frame."""
+
+    info: VideoInfo
+    frame_times: np.ndarray  # float64[N], seconds: k / frame_rate
+    native_times: np.ndarray  # float64[n_frames], start of every native frame in seconds
+    change: np.ndarray  # float32[n_frames] in [0, 1], difference to the frame before; 0 first
+
+
 def decode_video(
     path: str | os.PathLike,
     *,
@@ -71,19 +81,53 @@ def decode_video(
 ) -> DecodedVideo:
     """Decodes the default video stream once and keeps the frames on screen at k / frame_rate.
 
-    Only sampled frames stay in memory, so an hour of video streams through. A damaged packet is
-    skipped and the file goes on; `info.notes` says so.
+    Returns:
+      The sampled frames; N = ceil(duration_s * frame_rate), at least 1.
+
+    Arguments, the timeline and errors are those of `show_video`.
+    """
+    pictures: list[np.ndarray | None] = []  # a repeated picture is stored once
+    timeline = show_video(path, pictures.append, frame_rate=frame_rate, size=size, resize=resize)
+    frames = np.empty((len(pictures), *pictures[0].shape), np.uint8)
+    for k in range(len(frames)):
+        frames[k] = pictures[k]
+        pictures[k] = None  # given back at once: the peak stays near one copy
+    return DecodedVideo(
+        info=timeline.info,
+        frames=frames,
+        frame_times=timeline.frame_times,
+        native_times=timeline.native_times,
+        change=timeline.change,
+    )
+
+
+def show_video(
+    path: str | os.PathLike,
+    see: Callable[[np.ndarray], object],
+    *,
+    frame_rate: float = 2.0,
+    size: tuple[int, int] | None = None,
+    resize: str = "bilinear",
+    one_thread: bool = False,
+) -> Timeline:
+    """Decodes the default video stream once and hands over the frames on screen at k / frame_rate.
+
+    No frame is kept, so hours of video stream through. A damaged packet is skipped and the file
+    goes on; `info.notes` says so.
 
     Args:
       path: the video file (mp4, mkv, webm, avi, and whatever else FFmpeg reads).
+      see: is given each sampled frame in order, uint8[H, W, 3], RGB; a frame that is on screen for
+        several samples is the same object each time.
       frame_rate: sampled frames per second; above the native rate pictures repeat.
       size: `(height, width)` in pixels of the upright frames, whose aspect is not kept; None keeps
         the native size.
       resize: bilinear or bicubic, with antialias.
+      one_thread: costs a tenth less CPU time, for whoever decodes a video on every core at once.
 
     Returns:
-      The sampled frames; N = ceil(duration_s * frame_rate), at least 1. `change[i]` is the mean
-      absolute difference of 32 x 18 RGB thumbnails of frames i - 1 and i, 1 = black to white.
+      When what was on screen. `change[i]` is the mean absolute difference of 32 x 18 RGB thumbnails
+      of frames i - 1 and i, 1 = black to white.
 
     Raises:
       UserError: the file is missing, empty, a folder, not a video, without a video stream, or
@@ -96,7 +140,7 @@ def decode_video(
     if size is not None and (len(size) != 2 or min(size) < 1):
         raise UserError(f"size must be (height, width) in pixels, both at least 1, got {size}")
 
-    sampler = _Sampler(frame_rate, size, _RESIZES[resize])
+    sampler = _Sampler(frame_rate, size, _RESIZES[resize], see)
     native_times: list[float] = []
     change: list[float] = []
     shrink = VideoReformatter()
@@ -104,7 +148,7 @@ def decode_video(
     last_duration_s = 0.0
     with open_media(path) as container:
         stream = video_stream(container, path)
-        reader = FrameReader(container, stream)
+        reader = FrameReader(container, stream, one_thread=one_thread)
         slack_s = min(float(stream.time_base), _MAX_SLACK_S)
         for frame, time_s in reader:
             small = shrink.reformat(
@@ -127,7 +171,7 @@ def decode_video(
         if last_duration_s <= 0:
             last_duration_s = float(np.median(gaps)) if gaps.size else reader.period_s
         duration_s = float(times[-1]) + last_duration_s
-        frames = sampler.finish(duration_s, slack_s)
+        sampler.finish(duration_s, slack_s)
         info = VideoInfo(
             path=os.fspath(path),
             duration_s=duration_s,
@@ -142,10 +186,9 @@ def decode_video(
                 *_rate_notes(gaps, float(stream.time_base)),
             ),
         )
-    return DecodedVideo(
+    return Timeline(
         info=info,
-        frames=frames,
-        frame_times=np.arange(len(frames)) / frame_rate,
+        frame_times=np.arange(sampler.num_shown) / frame_rate,
         native_times=times,
         change=np.asarray(change, np.float32),
     )
@@ -183,15 +226,22 @@ def _last_error(reader: FrameReader) -> str:
 
 
 class _Sampler:
-    """Keeps the picture on screen at each k / frame_rate while frames pass by once."""
+    """Hands over the picture on screen at each k / frame_rate while frames pass by once."""
 
-    def __init__(self, frame_rate: float, size: tuple[int, int] | None, resize: Interpolation):
+    def __init__(
+        self,
+        frame_rate: float,
+        size: tuple[int, int] | None,
+        resize: Interpolation,
+        see: Callable[[np.ndarray], object],
+    ):
         self._frame_rate = frame_rate
         self._size = size
         self._resize = resize
         self._reformatter = VideoReformatter()
         self._on_screen: av.VideoFrame | None = None
-        self._pictures: list[np.ndarray | None] = []  # a repeated picture is stored once
+        self._see = see
+        self.num_shown = 0
         self._stored_size: tuple[int, int] | None = None  # (width, height) before rotation
         self._size_changes = False
 
@@ -209,21 +259,17 @@ class _Sampler:
             self._emit_until(time_s - slack_s)
         self._on_screen = frame
 
-    def finish(self, duration_s: float, slack_s: float) -> np.ndarray:
+    def finish(self, duration_s: float, slack_s: float) -> None:
         self._emit_until(max(duration_s - slack_s, slack_s))
-        out = np.empty((len(self._pictures), *self._pictures[0].shape), np.uint8)
-        for k in range(len(out)):
-            out[k] = self._pictures[k]
-            self._pictures[k] = None  # given back at once: the peak stays near one copy
-        return out
 
     def _emit_until(self, end_s: float) -> None:
-        """Stores the picture on screen for every sample instant before `end_s`."""
+        """Hands over the picture on screen for every sample instant before `end_s`."""
         picture = None
-        while len(self._pictures) / self._frame_rate < end_s:
+        while self.num_shown / self._frame_rate < end_s:
             if picture is None:
                 picture = self._upright_rgb(self._on_screen)
-            self._pictures.append(picture)
+            self._see(picture)
+            self.num_shown += 1
 
     def _upright_rgb(self, frame: av.VideoFrame) -> np.ndarray:
         rgb = self._reformatter.reformat(

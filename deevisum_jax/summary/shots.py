@@ -24,7 +24,8 @@ _PIXELS, _CELLS, _BINS = 64, 4, 6
 _PENALTY, _NOMINAL_FPS = 1.5, 24.0
 # At most one change a second: shots shorter than that are not worth cutting a summary from.
 _CHANGES_PER_S = 1.0
-# KTS needs O(N²) memory, so long videos are segmented in windows of about this many samples.
+# KTS is cubic where pictures repeat exactly (a strobe light), so long videos are segmented in
+# windows of about this many samples: ten minutes at two per second.
 _WINDOW = 1200
 
 # A cut is clear when `change` is this many times the median of its surroundings (within the given
@@ -99,6 +100,35 @@ def detect_shots(
     max_shot_s: float | None,
     duration_s: float | None = None,
 ) -> list[Shot]:
+    """The shots of a video whose sampled frames are in memory; see `shots_of`.
+
+    Args:
+      frames: uint8[N, H, W, 3], sampled frames.
+      frame_times: float[N], seconds, ascending.
+      native_times: float[n_frames], start of every native frame, seconds, ascending from 0.
+      change: float[n_frames], how much native frame i differs from frame i - 1, in [0, 1].
+      max_shot_s: longest shot in seconds, or None.
+      duration_s: end of the last native frame, or None.
+    """
+    return shots_of(
+        frame_descriptors(frames),
+        frame_times,
+        native_times=native_times,
+        change=change,
+        max_shot_s=max_shot_s,
+        duration_s=duration_s,
+    )
+
+
+def shots_of(
+    descriptors: np.ndarray,
+    frame_times: np.ndarray,
+    *,
+    native_times: np.ndarray,
+    change: np.ndarray,
+    max_shot_s: float | None,
+    duration_s: float | None = None,
+) -> list[Shot]:
     """The shots of a video, in order, without gaps, covering all native frames.
 
     KTS finds borders between sampled frames. Each border then moves to the native frame with the
@@ -108,7 +138,7 @@ def detect_shots(
     shot longer than the budget could never be selected.
 
     Args:
-      frames: uint8[N, H, W, 3], sampled frames.
+      descriptors: float[N, D], `frame_descriptors` of sampled frames.
       frame_times: float[N], seconds, ascending.
       native_times: float[n_frames], start of every native frame, seconds, ascending from 0.
       change: float[n_frames], how much native frame i differs from frame i - 1, in [0, 1].
@@ -122,8 +152,11 @@ def detect_shots(
     frame_times = np.asarray(frame_times, np.float64)
     native_times = np.asarray(native_times, np.float64)
     change = np.asarray(change, np.float64)
-    if len(frames) != len(frame_times) or not len(frames):
-        raise UserError(f"got {len(frames)} frames and {len(frame_times)} frame times, want >= 1")
+    descriptors = np.asarray(descriptors, np.float64)
+    if len(descriptors) != len(frame_times) or not len(descriptors):
+        raise UserError(
+            f"got {len(descriptors)} frames and {len(frame_times)} frame times, want >= 1"
+        )
     if change.shape != native_times.shape or not len(native_times):
         raise UserError(
             f"`change` needs one value per native frame, got {change.shape} and "
@@ -138,7 +171,6 @@ def detect_shots(
     edges = np.append(native_times, duration_s)  # edges[i]: when native frame i begins
 
     step_s = float(np.median(np.diff(frame_times))) if len(frame_times) > 1 else period_s
-    descriptors = frame_descriptors(frames).astype(np.float64)
     borders: list[int] = []
     for sample in _borders(descriptors, step_s):
         border = _snap(frame_times[sample], step_s, native_times, change)

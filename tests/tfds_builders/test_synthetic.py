@@ -10,7 +10,7 @@ import pytest
 from deevisum_jax.data import audio, video
 from deevisum_jax.errors import UserError
 from deevisum_jax.summary import metrics
-from tfds_builders import records
+from tfds_builders import records, workers
 from tfds_builders.synthetic import annotators, paint, produce, scenario, sound, synthetic
 
 RULES = scenario.Rules()
@@ -282,7 +282,7 @@ def test_reading_needs_neither_tensorflow_nor_jax(tiny):
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tiny.data_path.parents[2])],
-        cwd=produce._ROOT,
+        cwd=workers.ROOT,
         capture_output=True,
         text=True,
         check=True,

@@ -16,14 +16,13 @@ moments matter, is said in `scenario.py`.
 from __future__ import annotations
 
 import dataclasses
-import io
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 import tensorflow_datasets as tfds
 
-from tfds_builders.records import record_features
+from tfds_builders.records import encoded, record_features
 from tfds_builders.synthetic import produce, scenario
 
 
@@ -86,8 +85,7 @@ class Synthetic(tfds.core.GeneratorBasedBuilder):
             folder=str(videos_folder(self) / split),
         )
         for index, record in enumerate(produce.records(job)):
-            # Encoded bytes are stored as they are, without TensorFlow.
-            yield index, record | {"frames": [io.BytesIO(frame) for frame in record["frames"]]}
+            yield index, record | {"frames": encoded(record["frames"])}
 
 
 def videos_folder(builder: Synthetic) -> pathlib.Path:
