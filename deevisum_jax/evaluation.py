@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import PIL.Image
 
-from deevisum_jax.config import Config
+from deevisum_jax.config import Config, EvalConfig
 from deevisum_jax.data.pipeline import Record
+from deevisum_jax.errors import UserError
 from deevisum_jax.inference import scoring
 from deevisum_jax.inference.cost import score_flops
 from deevisum_jax.models.paligemma2 import PaliGemma2Config
-from deevisum_jax.summary import protocols
-from deevisum_jax.summary.protocols import Result, VideoGroundTruth
-from deevisum_jax.summary.report import RunReport
+from deevisum_jax.summary import kts, protocols, select
+from deevisum_jax.summary import shots as shots_lib
+from deevisum_jax.summary.protocols import Protocol, Result, VideoGroundTruth
+from deevisum_jax.summary.report import RunReport, thousandths
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,14 +35,40 @@ def deepest(scores: scoring.SegmentScores) -> np.ndarray:
     return scores.importance[-1]
 
 
-def ground_truths(records: Iterable[Record]) -> list[VideoGroundTruth]:
-    """What people said of every record's video."""
-    return [ground_truth(record) for record in records]
+def protocol_of(config: EvalConfig) -> Protocol:
+    """The protocol that a config names."""
+    return Protocol(
+        f1=config.f1, correlation=config.correlation, shots=config.shots, budget=config.budget
+    )
 
 
-def ground_truth(record: Record) -> VideoGroundTruth:
-    """What people said of a record's video."""
-    return VideoGroundTruth(
+def ground_truths(
+    records: Iterable[Record], protocol: Protocol = protocols.TVSUM
+) -> list[VideoGroundTruth]:
+    """What people said of every record's video.
+
+    Raises:
+      UserError: as `ground_truth`.
+    """
+    return [ground_truth(record, protocol) for record in records]
+
+
+def ground_truth(record: Record, protocol: Protocol = protocols.TVSUM) -> VideoGroundTruth:
+    """What people said of a record's video.
+
+    With shots by our KTS or another budget the annotators' summaries are made anew of these, too,
+    where they follow from their scores (TVSum), of which a record has those of the annotated
+    points. What people chose themselves stays as it is (SumMe).
+
+    Args:
+      record: with annotations; for shots of ours also with features or frames.
+      protocol: says whose shots, and what part of the video a summary may fill.
+
+    Raises:
+      UserError: shots of ours are wanted, and the record has nothing to find them in; summaries
+        are made anew, and scores, points and shots do not fit each other.
+    """
+    truth = VideoGroundTruth(
         video_id=record["video_id"],
         n_frames=int(record["n_frames"]),
         native_fps=float(record["native_fps"]),
@@ -48,6 +78,57 @@ def ground_truth(record: Record) -> VideoGroundTruth:
         user_summary=np.asarray(record["user_summary"]).astype(bool),
         shots=np.asarray(record["change_points"]),
     )
+    if protocol.as_stored:
+        return truth
+    if protocol.shots == "kts":
+        truth = dataclasses.replace(truth, shots=_shots_by_kts(record))
+    chosen = np.array_equal(truth.user_scores, truth.user_summary)
+    if chosen or not truth.user_scores.size:
+        return truth
+    summaries = select.annotator_summaries(
+        protocols.hold_points(truth, truth.user_scores),
+        truth.shots,
+        truth.n_frames,
+        protocol.budget,
+    )
+    return dataclasses.replace(truth, user_summary=np.asarray(summaries, bool))
+
+
+def _shots_by_kts(record: Record) -> np.ndarray:
+    """int64[S, 2]: by the community's settings on the record's features, else on its frames."""
+    n_frames = int(record["n_frames"])
+    if len(record.get("features", ())):
+        features, picks = np.asarray(record["features"]), np.asarray(record["picks"])
+        changes = kts.change_points(
+            features,
+            max_change_points=len(features) - 1,
+            descriptor_rate=float(np.median(np.diff(picks))) if len(picks) > 1 else 1.0,
+        )
+        borders = np.concatenate([[0], picks[changes], [n_frames]])
+        return np.stack([borders[:-1], borders[1:]], 1).astype(np.int64)
+    if not len(record["frames"]):
+        raise UserError(
+            f"{record['video_id']} has neither features nor frames to find shots in; set "
+            "eval.shots='data_set'"
+        )
+    frames = [_picture(frame) for frame in record["frames"]]
+    found = shots_lib.detect_shots(
+        np.stack(frames),
+        np.asarray(record["frame_times"], np.float64),
+        native_times=np.arange(n_frames) / record["native_fps"],
+        change=np.zeros(n_frames),  # not stored: borders stay on the sampled frames
+        max_shot_s=None,
+        duration_s=record["duration_s"],
+    )
+    return select.shot_bounds(found)
+
+
+def _picture(frame: np.ndarray | bytes) -> np.ndarray:
+    """uint8[H, W, 3]."""
+    if isinstance(frame, np.ndarray):
+        return frame
+    with PIL.Image.open(io.BytesIO(frame)) as picture:
+        return np.asarray(picture.convert("RGB"))
 
 
 def evaluate(
@@ -62,15 +143,26 @@ def evaluate(
       truths: the videos' annotations.
       prediction: their scores.
       choose: picks `float[M]` of a video's `SegmentScores`.
-      config: names the budget and the F1 convention.
+      config: names the protocol.
     """
+    protocol = protocol_of(config.eval)
     results = [
-        protocols.evaluate_video(
-            truth, bounds, choose(scores), budget=config.eval.budget, f1=config.eval.f1
-        )
+        protocols.evaluate_video(truth, bounds, choose(scores), protocol)
         for truth, bounds, scores in zip(truths, prediction.bounds, prediction.scores, strict=True)
     ]
-    return protocols.summarize_results(results, f1=config.eval.f1)
+    return protocols.summarize_results(results, protocol)
+
+
+def of_videos(
+    truths: Sequence[VideoGroundTruth],
+    prediction: Prediction,
+    choose: Callable[[scoring.SegmentScores], np.ndarray],
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Bounds and chosen scores by video id, as `predictions.write_npz` takes them."""
+    return {
+        truth.video_id: (bounds, choose(scores))
+        for truth, bounds, scores in zip(truths, prediction.bounds, prediction.scores, strict=True)
+    }
 
 
 def evaluate_exits(
@@ -131,6 +223,7 @@ class Evaluation:
     baselines: Mapping[str, Result]  # of `protocols.baseline_rows`
     left_out: Mapping[str, Result]  # without one input, by input
     cost: Mapping[str, Any]  # of `early_exit_cost`
+    notes: Sequence[str] = ()  # what a reader of the numbers should know
 
     @property
     def headline(self) -> str:
@@ -151,6 +244,7 @@ def report_json(found: Evaluation, *, steps: int) -> dict[str, Any]:
         "wall_saved": None,
         "steps": steps,
         "protocols": dict(model.protocols),
+        "notes": list(found.notes),
         "rows": {
             name: numbers(result) for name, result in {**found.models, **found.baselines}.items()
         },
@@ -197,6 +291,7 @@ def report_page(
             "exit threshold": found.cost["exit_threshold"],
         },
         notes=[
+            *found.notes,
             "Every row reads the same trained parameters: what is left out is withheld at "
             "evaluation, not in training.",
             "Early exit chooses among the exits of one full pass; the time it would save is not "
@@ -208,13 +303,13 @@ def report_page(
 def table(report: Mapping[str, Any]) -> str:
     """The rows of a report for a terminal; rank correlation is the headline, F1 stands beside."""
     lines = [f"{'row':<20}{'tau':>8}{'rho':>8}{'F1':>8}"]
-    for name, row in report["rows"].items():
-        lines.append(f"{name:<20}{row['tau']:>8.3f}{row['rho']:>8.3f}{100 * row['f1']:>8.1f}")
-    for name, row in report["left_out"].items():
-        label = f"without {name}"
-        lines.append(f"{label:<20}{row['tau']:>8.3f}{row['rho']:>8.3f}{100 * row['f1']:>8.1f}")
+    left_out = {f"without {name}": row for name, row in report["left_out"].items()}
+    for name, row in {**report["rows"], **left_out}.items():
+        tau, rho = thousandths(row["tau"]), thousandths(row["rho"])
+        lines.append(f"{name:<20}{tau:>8}{rho:>8}{100 * row['f1']:>8.1f}")
     lines.append(
         f"early exit at {report['exit_threshold']}: {report['avg_depth']:.2f} layers on average; "
         f"leaving there would save {100 * report['compute_saved']:.0f} % of the FLOPs"
     )
+    lines += report["notes"]
     return "\n".join(lines)

@@ -1,7 +1,8 @@
 """Train and evaluate: `python -m deevisum_jax.main --config configs/quickstart.py --workdir DIR`.
 
 Reads as a table of contents; every section is a call into the package. A run that was killed goes
-on where its newest checkpoint stands when the same command is given again.
+on where its newest checkpoint stands when the same command is given again. Predictions of any other
+method are evaluated with `--mode evaluate --predictions FILE`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from deevisum_jax import (
     datasets,
     distributed,
     evaluation,
+    evaluator,
     experiment,
     initialization,
     optim,
@@ -41,7 +43,7 @@ from deevisum_jax.errors import PreemptedError, UserError, exits_cleanly
 from deevisum_jax.files import locate, write_whole
 from deevisum_jax.inference import scoring
 from deevisum_jax.models import paligemma2
-from deevisum_jax.summary import protocols, report
+from deevisum_jax.summary import predictions, protocols, report
 from deevisum_jax.summary.protocols import VideoGroundTruth
 from deevisum_jax.typing import INPUTS
 
@@ -50,6 +52,7 @@ examples:
   python -m deevisum_jax.main --config configs/quickstart.py --workdir runs/quickstart
   python -m deevisum_jax.main --config configs/quickstart.py --workdir runs/lower_rate \\
       --config.optim.learning_rate=3e-4 --config.total_steps=500
+  python -m deevisum_jax.main --config configs/tvsum.py --mode evaluate --predictions a.json b.npz
 
 The same command again resumes a run that was stopped. deevisum_jax/config.py explains every field.
 DIR may be in a bucket (gs://...). With several processes, each is given the same command.
@@ -57,9 +60,11 @@ DIR may be in a bucket (gs://...). With several processes, each is given the sam
 what DIR gets:
   report.html     a page to look at: the student beside people and baselines, exit by exit
   report.json     the same numbers, with the protocol of each
+  predictions.npz   scores of the test split's segments, as --predictions takes them
   metrics.jsonl   a line per logged step; tensorboard/ has them as event files
   checkpoints/    to resume from, and the best by validation tau
   config.json, tokenizer.model, template.txt   what the checkpoints need to be used
+  evaluation.json, evaluation.html   with --predictions, and nothing else then
 
 Exit status: 0 done; 2 a mistake in what was given, or a disk that is full (a message says which,
 and the next step); 75 stopped by SIGTERM, with all saved: start the same command again; 130
@@ -74,6 +79,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, config = parse(argv)
     # Orbax warns of much that is as it should be.
     absl.logging.set_verbosity(absl.logging.ERROR)
+    if args.predictions:
+        # ---- Anybody's predictions: no model, no device, no other process ----
+        evaluator.run(config, args.predictions, locate(args.workdir) if args.workdir else None)
+        return 0
     distributed.initialize(args)
     with preemption.Notice() as notice:
         command = {"mode": args.mode, "workdir": args.workdir}
@@ -103,12 +112,20 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Config]:
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="an experiment in configs/")
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run lives")
+    parser.add_argument("--workdir", metavar="DIR", help="where the run lives")
     parser.add_argument(
         "--mode",
         choices=("train", "evaluate"),
         default="train",
         help="train: train what is missing, then evaluate (default); evaluate: the best checkpoint",
+    )
+    parser.add_argument(
+        "--predictions",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="evaluate these scores instead of a run, of two files also their difference; "
+        "JSON, NPZ or HDF5 (docs/EVALUATION.md); {fold} in FILE is the number of the fold",
     )
     parser.add_argument(
         # Shown in the help only; the overrides are what argparse does not know.
@@ -122,6 +139,14 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Config]:
     if unknown:
         advice = "; write overrides as --config.FIELD=VALUE" if len(unknown) < len(rest) else ""
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{advice}")
+    if args.predictions and args.mode != "evaluate":
+        parser.error("--predictions are evaluated, not trained on; add --mode evaluate")
+    processes = ("coordinator_address", "num_processes", "process_id")
+    others = [f"--{name}" for name in processes if getattr(args, name) is not None]
+    if args.predictions and others:
+        parser.error(f"--predictions are evaluated by one process; leave out {', '.join(others)}")
+    if not args.predictions and not args.workdir:
+        parser.error("the following arguments are required: --workdir")
     overrides = [flag.removeprefix("--config.") for flag in rest]
     return args, config_lib.from_file(args.config, overrides)
 
@@ -138,6 +163,7 @@ class Run:
     ) -> None:
         # ---- Mistakes that need no data to be seen: building it may take minutes ----
         self.config, self.workdir, self.start, self.notice = config, workdir, start, notice
+        self.protocol = evaluation.protocol_of(config.eval)
         self.mesh = jax.sharding.get_mesh()
         microbatch = config.batch_size // config.optim.accumulate_steps
         sharding.check_batch("batch_size / optim.accumulate_steps", microbatch, self.mesh)
@@ -156,7 +182,7 @@ class Run:
             start.check(config, vocab_size)
 
         # ---- Data: records, tokenizer, segments ----
-        self.dataset = datasets.Dataset(config.data.dataset, config.data.data_dir)
+        self.dataset = datasets.Dataset(config.data)
         for split in (config.eval.validation_split, config.eval.test_split):
             self.dataset.split(split)  # a wrong name is better known before training than after
         tokens = experiment.make_tokenizer(
@@ -192,6 +218,9 @@ class Run:
             num_threads=config.data.num_threads,
         )
         validation = self._split(config.eval.validation_split)
+        for split in (validation, self._split(config.eval.test_split)):
+            for truth in split.truths:
+                truth.check()  # better known before training than after
         # ---- Update: one compiled function, the state donated ----
         step = train_step.make_train_step(
             self.model_config,
@@ -246,12 +275,14 @@ class Run:
             )
             left_out[name] = evaluation.evaluate(test.truths, blind, evaluation.deepest, config)
         # ---- Rows that need no model ----
+        # All that a fold does not test; a split of its own is what it is.
+        fitted = ("train", "validation") if config.data.folds else ("train",)
+        records = (record for name in fitted for record in self.dataset.split(name))
         baselines = protocols.baseline_rows(
-            evaluation.ground_truths(self.dataset.split("train")),
+            evaluation.ground_truths(records, self.protocol),
             test.truths,
             seed=config.seed,
-            budget=config.eval.budget,
-            f1=config.eval.f1,
+            protocol=self.protocol,
         )
         # ---- Report ----
         found = evaluation.Evaluation(
@@ -260,10 +291,18 @@ class Run:
             baselines=baselines,
             left_out=left_out,
             cost=evaluation.early_exit_cost(full, config, self.model_config),
+            notes=protocols.notes_on(test.truths, self.protocol),
         )
-        distributed.on_main(functools.partial(self._report, found, step))
+        scores = evaluation.of_videos(test.truths, full, evaluation.deepest)
+        distributed.on_main(functools.partial(self._report, found, scores, step))
 
-    def _report(self, found: evaluation.Evaluation, step: int) -> None:
+    def _report(
+        self,
+        found: evaluation.Evaluation,
+        scores: Mapping[str, tuple[np.ndarray, np.ndarray]],
+        step: int,
+    ) -> None:
+        predictions.write_npz(self.workdir / "predictions.npz", scores)
         result = evaluation.report_json(found, steps=step)
         write_whole(self.workdir / "report.json", json.dumps(result, indent=2) + "\n")
         history = training_log.read_metrics(self.workdir / training_log.METRICS_FILE)
@@ -303,7 +342,7 @@ class Run:
     def _split(self, name: str) -> Split:
         records = self.dataset.split(name)
         return Split(
-            truths=evaluation.ground_truths(records),
+            truths=evaluation.ground_truths(records, self.protocol),
             source=experiment.make_source(self.config, records, self.make_encoder()),
         )
 

@@ -13,6 +13,7 @@ import dataclasses
 import numpy as np
 
 from deevisum_jax import datasets, evaluation
+from deevisum_jax.config import DataConfig
 from deevisum_jax.data.segments import segment_bounds
 from deevisum_jax.summary import protocols
 from tfds_builders.synthetic import scenario
@@ -25,7 +26,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data_dir", default="~/tensorflow_datasets")
-    records = datasets.Dataset("synthetic/quickstart", parser.parse_args().data_dir)
+    records = datasets.Dataset(
+        DataConfig(dataset="synthetic/quickstart", data_dir=parser.parse_args().data_dir)
+    )
     [config] = [config for config in CONFIGS if config.name == "quickstart"]
 
     truths = evaluation.ground_truths(records.split("test"))

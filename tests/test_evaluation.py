@@ -10,8 +10,9 @@ from deevisum_jax.inference.cost import score_flops
 from deevisum_jax.inference.scoring import SegmentScores
 from deevisum_jax.models import paligemma2
 from deevisum_jax.summary import protocols
-from deevisum_jax.summary.protocols import VideoGroundTruth
+from deevisum_jax.summary.protocols import Protocol, VideoGroundTruth
 
+QUARTER = Protocol(budget=0.25)
 MODEL = paligemma2.get_config("tiny", exit_layers=(2, 4))
 
 
@@ -83,7 +84,7 @@ def found(config):
     return evaluation.Evaluation(
         exit_layers=MODEL.exit_layers,
         models=models,
-        baselines=protocols.baseline_rows(train, TRUTHS, seed=0, budget=0.25),
+        baselines=protocols.baseline_rows(train, TRUTHS, seed=0, protocol=QUARTER),
         left_out={"sound": models["exit_2"]},
         cost=evaluation.early_exit_cost(PREDICTION, config, MODEL),
     )

@@ -25,6 +25,8 @@ from deevisum_jax import config as config_lib
 from deevisum_jax.data import tokenizer
 from deevisum_jax.errors import UserError
 from deevisum_jax.models import paligemma2
+from deevisum_jax.summary import folds
+from tfds_builders import records
 
 REPO = pathlib.Path(__file__).parent.parent
 CONFIG = str(REPO / "configs" / "tiny.py")
@@ -103,7 +105,7 @@ def contents(folder: pathlib.Path) -> dict[str, bytes]:
 def test_a_run_leaves_what_it_promises(finished):
     assert {path.name for path in finished.iterdir()} == {
         "config.json", "tokenizer.model", "template.txt", "metrics.jsonl", "tensorboard",
-        "checkpoints", "report.json", "report.html", "origin.json",
+        "checkpoints", "report.json", "report.html", "origin.json", "predictions.npz",
     }  # fmt: skip
     logged = lines(finished)
     assert [line["step"] for line in logged] == [1, 2, 3, 4, 4, 5, 6, 6]
@@ -120,6 +122,59 @@ def test_a_run_leaves_what_it_promises(finished):
     page = (finished / "report.html").read_text()
     assert "early_exit" in page
     assert "loss/total" in page
+
+
+def test_a_runs_predictions_are_evaluated_as_anybodys(finished, command, tmp_path):
+    predictions = ("--mode", "evaluate", "--predictions", str(finished / "predictions.npz"))
+    assert command(tmp_path / "table", *predictions) == 0
+    report = json.loads((finished / "report.json").read_text())
+    table = json.loads((tmp_path / "table" / "evaluation.json").read_text())
+    for row, other in (("predictions.npz", "exit_4"), ("human", "human"), ("time", "time")):
+        for metric in ("f1", "tau", "rho"):
+            found = table["rows"][row][metric]["mean"]
+            assert found == pytest.approx(report["rows"][other][metric]), (row, metric)
+
+
+class OnePiece(datasets.Dataset):
+    """The same videos without splits of their own, in two folds."""
+
+    in_one_piece = True
+
+    def __init__(self, data):
+        super().__init__(dataclasses.replace(data, folds=""))
+        splits = (records.read(self._builder, name) for name in ("train", "validation", "test"))
+        self._records = [record for split in splits for record in split]
+        self.folds = folds.partition(self.video_ids, data.folds_seed, 2)
+        fold = self.folds[data.fold]
+        self._videos = {"train": fold.train[1:], "validation": fold.train[:1], "test": fold.test}
+
+    @property
+    def video_ids(self):
+        return tuple(record["video_id"] for record in self._records)
+
+    def records(self):
+        return self._records
+
+    def split(self, name):
+        return [record for record in self._records if record["video_id"] in self._videos[name]]
+
+
+def test_a_folds_numbers_are_the_same_from_the_run_and_from_its_predictions(
+    command, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(datasets, "Dataset", OnePiece)
+    fold = ("--config.data.folds=partition", "--config.data.fold=1", "--config.total_steps=1")
+    fold += ("--config.optim.warmup_steps=0", "--config.eval.ablate_inputs=False")
+    assert command(tmp_path / "run", *fold) == 0
+    predictions = str(tmp_path / "run" / "predictions.npz")
+    assert command(tmp_path / "table", *fold, "--mode=evaluate", "--predictions", predictions) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    table = json.loads((tmp_path / "table" / "evaluation.json").read_text())
+    assert table["per_video"].keys() == report["per_video"].keys()
+    for row, other in (("predictions.npz", "exit_4"), ("human", "human"), ("time", "time")):
+        for metric in ("f1", "tau", "rho"):
+            found = table["rows"][row][metric]["mean"]
+            assert found == pytest.approx(report["rows"][other][metric]), (row, metric)
 
 
 def test_what_is_validated_is_saved_and_the_best_of_it_kept(command, tmp_path, monkeypatch):
@@ -357,9 +412,7 @@ def test_numbers_that_are_not_finite_are_never_saved_and_their_batch_is_told(
     assert told["step"] == 3
     assert told["metrics"]["loss/total"] == "nan"
     assert told["metrics"]["loss/token"] > 0
-    records = datasets.Dataset(
-        "synthetic/tiny", config_lib.load(workdir / "config.json").data.data_dir
-    ).split("train")
+    records = datasets.Dataset(config_lib.load(workdir / "config.json").data).split("train")
     for row, video, segment in zip(
         told["batch"], placed[2]["video_id"], placed[2]["segment"], strict=True
     ):

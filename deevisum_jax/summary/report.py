@@ -1,6 +1,6 @@
-"""HTML pages: one for a summarized video, one for many of them, one for a training run.
+"""HTML pages: for a summarized video, for many of them, a training run, evaluated predictions.
 
-No script and no font is fetched, charts are inline SVG. The pages of a video and of a run are
+No script and no font is fetched, charts are inline SVG. All pages but that of many videos are
 self-contained, thumbnails embedded; only the film beside a video's report is linked, by a relative
 path. The page of many videos links theirs, and shows their stills from where they are.
 """
@@ -14,7 +14,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from PIL import Image
 
 from deevisum_jax.errors import UserError
 from deevisum_jax.files import in_bucket, write_whole
-from deevisum_jax.summary.protocols import Result
+from deevisum_jax.summary.protocols import Result, cautions
 
 _THUMBNAIL_W = 400  # pixels
 _CURVE_POINTS = 600  # a chart shows no more; more are averaged in equal groups
@@ -159,48 +159,70 @@ def write_run_report(path: str | os.PathLike, run: RunReport) -> None:
         rows=rows,
         rugs={metric: _rugs(rows, metric) for metric in ("tau", "f1")},
         protocols=protocols,
-        cautions=_cautions(run),
+        cautions=cautions(run.models, run.baselines),
         charts=[_curve(name, *series) for name, series in run.losses.items()],
         config=_flat(run.config),
         number_of_videos=len(next(iter(results.values())).per_video),
     )
 
 
-def _cautions(run: RunReport) -> list[str]:
-    """What the numbers themselves say against a hasty reading."""
-    found = []
-    constant, human = run.baselines.get("constant"), run.baselines.get("human")
-    if constant is not None:
-        beaten = [name for name, result in run.models.items() if result.f1 <= constant.f1]
-        if beaten:
-            found.append(
-                f"The same score everywhere reaches F1 {constant.f1:.3f}, no less than "
-                f"{', '.join(beaten)}: the knapsack's preference for short shots does that. Read "
-                "tau and rho first."
-            )
-        elif human is not None and human.f1 < constant.f1:
-            found.append(
-                f"The same score everywhere reaches F1 {constant.f1:.3f}, more than people among "
-                f"themselves ({human.f1:.3f}). Read tau and rho first."
-            )
-    time = run.baselines.get("time")
-    if time is not None:
-        beaten = [name for name, result in run.models.items() if result.tau <= time.tau]
-        if beaten:
-            found.append(
-                f"Relative time alone reaches tau {time.tau:.3f}, no less than {', '.join(beaten)}."
-            )
-    for name, result in run.models.items():
-        flat = sum(video.constant for video in result.per_video)
-        if flat:
-            found.append(
-                f"{name} gives one and the same score throughout {flat} of "
-                f"{len(result.per_video)} videos; they count as tau 0."
-            )
-    few = min(len(r.per_video) for r in [*run.models.values(), *run.baselines.values()])
-    if few < 10:
-        found.append(f"Only {few} test videos: small differences mean nothing here.")
-    return found
+def write_evaluation_report(
+    path: str | os.PathLike, found: Mapping[str, Any], *, titles: Mapping[str, str]
+) -> None:
+    """Writes the page of evaluated predictions.
+
+    Args:
+      path: the HTML file, in a bucket or not; it appears only when complete.
+      found: the content of evaluation.json.
+      titles: what each metric is called, in the order of columns.
+    """
+    scales = {}
+    for metric in titles:
+        ends = [row[metric][end] for row in found["rows"].values() for end in ("low", "high")]
+        low, high = min(0.0, *ends), max(0.1, *ends)
+        place = lambda value, low=low, high=high: 100 * (value - low) / (high - low)
+        scales[metric] = {
+            "low": low,
+            "high": high,
+            "zero": place(0.0),
+            "rows": {
+                name: {key: place(row[metric][key]) for key in ("mean", "low", "high")}
+                for name, row in found["rows"].items()
+            },
+        }
+    methods = [name for name, row in found["rows"].items() if row["kind"] == "method"]
+    _write(
+        path,
+        "evaluation.html",
+        found=found,
+        titles=titles,
+        scales=scales,
+        methods=methods,
+        differs=means_differ(found["rows"], titles),
+        shown=[*methods, *(name for name in ("human",) if name in found["rows"])],
+        ranked=sorted(
+            found["per_video"].items(), key=lambda item: item[1][methods[0]]["tau"], reverse=True
+        ),
+    )
+
+
+def means_differ(rows: Mapping[str, Mapping[str, Any]], metrics: Iterable[str]) -> bool:
+    """Whether the mean over folds' means is, as printed, not the mean over videos.
+
+    Args:
+      rows: of evaluation.json.
+      metrics: of each row.
+    """
+    return any(
+        thousandths(row[metric]["mean"]) != thousandths(row[metric]["mean_of_videos"])
+        for metric in metrics
+        for row in rows.values()
+    )
+
+
+def thousandths(value: float, sign: str = "") -> str:
+    """Without the sign of what is rounded to 0; with `sign="+"` also the other numbers' plus."""
+    return f"{round(value, 3) + 0.0:{sign}.3f}"
 
 
 def _rugs(rows: list[dict], metric: str) -> dict[str, Any]:
@@ -392,7 +414,7 @@ def _write(path: str | os.PathLike, template: str, **values: Any) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"clock": _clock, "number": _number}
+    environment.filters |= {"clock": _clock, "number": _number, "thousandths": thousandths}
     page = environment.get_template(template).render(**values)
     if not in_bucket(path):
         path = Path(path)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from deevisum_jax.errors import UserError
-from deevisum_jax.summary import protocols
+from deevisum_jax.summary import protocols, report
 from deevisum_jax.summary.protocols import VideoResult
 from deevisum_jax.summary.report import RunReport, write_run_report, write_video_report
 
@@ -160,8 +160,7 @@ def test_run_page_shows_every_row_and_protocol(tmp_path):
     for wanted in [
         "student 0.200", "random 0.000", "human 0.180", "0.571", "loss/ce", "no finite value",
         "Not drawn because not finite: 1", "model.variant", '"tiny"', "[8, 26]", "2 CPU cores",
-        "a first run", protocols.PROTOCOLS["tau"], protocols.PROTOCOLS["f1/avg"],
-        protocols.PROTOCOLS["row/oracle"],
+        "a first run", *protocols.TVSUM.texts("oracle").values(),
     ]:  # fmt: skip
         assert wanted in page.text, wanted
     assert [link for link in page.links if not link.startswith("data:")] == []
@@ -175,15 +174,24 @@ def test_run_page_warns_of_what_the_numbers_hide(tmp_path):
     )
     write_run_report(tmp_path / "run.html", flat)
     text = Page(tmp_path / "run.html").text
-    assert "no less than collapsed" in text
-    assert "Relative time alone reaches tau 0.050" in text
-    assert "same score throughout 10 of 10 videos" in text
+    assert "F1 of collapsed is no better than that of a constant score." in text
+    assert "tau of collapsed is no better than that of relative time alone (0.050)." in text
+    assert "collapsed is the same throughout 10 of 10 videos" in text
     good = dataclasses.replace(flat, models={"good": result(0.3, 0.7, videos=2)})
     write_run_report(tmp_path / "run.html", good)
     text = Page(tmp_path / "run.html").text
-    assert "Relative time alone" not in text
+    assert "no better than" not in text
     assert "more than people among themselves" in text
-    assert "Only 2 test videos" in text
+    assert "Only 2 videos: small differences" in text
+
+
+def test_numbers_that_round_to_0_have_no_sign(tmp_path):
+    assert [report.thousandths(value) for value in (-0.0004, 0.5)] == ["0.000", "0.500"]
+    signed = [report.thousandths(value, "+") for value in (-0.0004, 0.5, -0.5)]
+    assert signed == ["+0.000", "+0.500", "-0.500"]
+    run = RunReport(title="", models={"student": result(-0.0002, 0.6)}, baselines=BASELINES)
+    write_run_report(tmp_path / "run.html", run)
+    assert "-0.000" not in Page(tmp_path / "run.html").source
 
 
 def test_says_what_is_wrong(tmp_path, keyframe):
