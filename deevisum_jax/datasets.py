@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from concurrent import futures
+from typing import Any
 
 import tensorflow_datasets as tfds
 from etils import epath
@@ -101,7 +102,8 @@ class Dataset:
                 raise UserError(
                     f"data set {self._name} comes as one split, {records.ALL!r}, and {name!r} was "
                     "asked for; say which videos train and which test: --config.data.folds="
-                    "community or partition, and --config.data.fold=0"
+                    "partition (of TVSum and SumMe also community, the published folds), and "
+                    "--config.data.fold=0"
                 )
             return records.read(self._builder, name)
         if name not in self._fold:
@@ -142,6 +144,20 @@ class Dataset:
                 "ask for the records of one of them"
             )
         return records.video_ids(self._builder)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells it from others, as JSON: its full name and, by split, its videos.
+
+        Videos by id where a fold chooses them, else by number: the name of people's own lists has
+        a digest of what is in them.
+        """
+        if self._fold is not None:
+            there = records.video_ids(self._builder)
+            splits = {name: [there[k] for k in rows] for name, rows in self._fold.items()}
+        else:
+            splits = {name: split.num_examples for name, split in self._builder.info.splits.items()}
+        return {"data_set": self._builder.info.full_name, "splits": splits}
 
     def _make_folds(self, data: DataConfig) -> tuple[folds.Fold, ...]:
         if not self.in_one_piece:

@@ -63,7 +63,7 @@ what DIR gets:
   predictions.npz   scores of the test split's segments, as --predictions takes them
   metrics.jsonl   a line per logged step; tensorboard/ has them as event files
   checkpoints/    to resume from, and the best by validation tau
-  config.json, tokenizer.model, template.txt   what the checkpoints need to be used
+  config.json, data.json, tokenizer.model, template.txt   what the checkpoints need to be used
   evaluation.json, evaluation.html   with --predictions, and nothing else then
 
 Exit status: 0 done; 2 a mistake in what was given, or a disk that is full (a message says which,
@@ -183,6 +183,7 @@ class Run:
 
         # ---- Data: records, tokenizer, segments ----
         self.dataset = datasets.Dataset(config.data)
+        runs.check_data(workdir, self.dataset.identity)
         for split in (config.eval.validation_split, config.eval.test_split):
             self.dataset.split(split)  # a wrong name is better known before training than after
         tokens = experiment.make_tokenizer(
@@ -206,6 +207,7 @@ class Run:
     def train(self) -> None:
         """Trains to `total_steps`, from wherever the run stands."""
         config = self.config
+        distributed.on_main(lambda: runs.keep_data(self.workdir, self.dataset.identity))
         # ---- Input: shuffled segments, an iterator that can be saved ----
         encoder = self.make_encoder(captions=True)
         records = self.dataset.split("train")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
 
-from deevisum_jax import checkpoints, distributed
+from deevisum_jax import checkpoints, distributed, files
 from deevisum_jax import config as config_lib
 from deevisum_jax.config import Config
 from deevisum_jax.data import prompts
@@ -28,6 +29,9 @@ CHECKPOINT_FOLDER = "checkpoints"
 PADDING_FILE = "vocab_padding.safetensors"
 # What the weights descend from, for whoever exports them.
 ORIGIN_FILE = "origin.json"
+
+# Which videos it trains on, validates and tests with: a config says where they are, not what.
+DATA_FILE = "data.json"
 
 # What may differ between a workdir's config and the one it is resumed with: nothing that a trained
 # number depends on.
@@ -143,7 +147,7 @@ def _claim(workdir: epath.Path, config: Config) -> None:
                 _check_same(workdir, config)
             elif _refused(workdir, config):
                 # It stopped before its first checkpoint, likely at a mistake now mended.
-                for name in (TOKENIZER_FILE, TEMPLATE_FILE, PADDING_FILE, ORIGIN_FILE):
+                for name in (TOKENIZER_FILE, TEMPLATE_FILE, PADDING_FILE, ORIGIN_FILE, DATA_FILE):
                     (workdir / name).unlink(missing_ok=True)
         elif exists(workdir) and any(path.suffix != ".partial" for path in workdir.iterdir()):
             raise UserError(
@@ -207,6 +211,45 @@ def _check(workdir: epath.Path, config: Config) -> None:
             "correct --workdir"
         )
     _check_same(workdir, config)
+
+
+def keep_data(workdir: epath.Path, identity: Mapping[str, Any]) -> None:
+    """Notes which data a run is of, until it has a checkpoint; see `datasets.Dataset.identity`."""
+    if not (exists(workdir / DATA_FILE) and has_checkpoint(workdir)):
+        write_whole(workdir / DATA_FILE, json.dumps(identity, indent=2) + "\n")
+
+
+def check_data(workdir: epath.Path, identity: Mapping[str, Any]) -> None:
+    """Refuses data that the run in `workdir` is not of; one that has not begun is of any.
+
+    Raises:
+      UserError: the data set is another, or another video is in one of its splits.
+    """
+    if not (has_checkpoint(workdir) and exists(workdir / DATA_FILE)):
+        return
+    kept = files.read_json(workdir / DATA_FILE, "give --workdir a new folder")
+    if kept == identity:
+        return
+    what = [f"{kept['data_set']}, not {identity['data_set']}"]
+    if kept["data_set"] == identity["data_set"]:
+        what = [
+            f"split {name!r} has {_others(kept['splits'].get(name), identity['splits'].get(name))}"
+            for name in {**kept["splits"], **identity["splits"]}
+            if kept["splits"].get(name) != identity["splits"].get(name)
+        ]
+    raise UserError(
+        f"the run in {workdir} is of other videos ({'; '.join(what)}), so what it was trained on "
+        "could be tested; bring them back (data.manual_dir, data.data_dir), or give --workdir a "
+        "new folder"
+    )
+
+
+def _others(kept: Any, given: Any) -> str:
+    if isinstance(kept, list) and isinstance(given, list):
+        more, gone = sorted(set(given) - set(kept)), sorted(set(kept) - set(given))
+        told = [f"{', '.join(more)} more"] * bool(more) + [f"{', '.join(gone)} less"] * bool(gone)
+        return " and ".join(told) or "them in another order"
+    return f"{given} videos instead of {kept}"
 
 
 def _check_same(workdir: epath.Path, config: Config) -> None:

@@ -104,8 +104,9 @@ def contents(folder: pathlib.Path) -> dict[str, bytes]:
 
 def test_a_run_leaves_what_it_promises(finished):
     assert {path.name for path in finished.iterdir()} == {
-        "config.json", "tokenizer.model", "template.txt", "metrics.jsonl", "tensorboard",
-        "checkpoints", "report.json", "report.html", "origin.json", "predictions.npz",
+        "config.json", "data.json", "tokenizer.model", "template.txt", "metrics.jsonl",
+        "tensorboard", "checkpoints", "report.json", "report.html", "origin.json",
+        "predictions.npz",
     }  # fmt: skip
     logged = lines(finished)
     assert [line["step"] for line in logged] == [1, 2, 3, 4, 4, 5, 6, 6]

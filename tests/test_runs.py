@@ -163,3 +163,29 @@ def test_buckets_that_cannot_be_had(gcs, bucket, tiny_config):
         runs.claim(absent, tiny_config())
     with pytest.raises(UserError, match="you have no right to"):
         runs.claim(files.locate("gs://read-only/run"), tiny_config())
+
+
+def of(name, **splits):
+    return {"data_set": name, "splits": splits}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (of("video_folder/1fps_2/1.0.0", train=["a"], test=["b"]), "1fps_1/1.0.0, not video_fo"),
+        (of("video_folder/1fps_1/1.0.0", train=["a"], test=["b", "c"]), "'test' has c more"),
+        (of("video_folder/1fps_1/1.0.0", train=["b"], test=["a"]), "'train' has b more and a less"),
+        (of("video_folder/1fps_1/1.0.0", train=3, test=2), "'train' has 3 videos instead of"),
+    ],
+)
+def test_a_run_is_not_resumed_or_tested_with_other_videos(tmp_path, tiny_config, given, message):
+    """What it was trained on could be tested."""
+    own = of("video_folder/1fps_1/1.0.0", train=["a"], test=["b"])
+    claim(tmp_path, tiny_config())
+    runs.keep_data(tmp_path, own)
+    runs.check_data(tmp_path, given)  # nothing is trained yet
+    with_checkpoint(tmp_path)
+    runs.check_data(tmp_path, own)
+    runs.keep_data(tmp_path, given)  # the first counts
+    with pytest.raises(UserError, match=message):
+        runs.check_data(tmp_path, given)

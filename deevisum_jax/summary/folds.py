@@ -71,7 +71,7 @@ def make(kind: str, dataset: str, video_ids: Sequence[str], *, seed: int = 0) ->
     if kind == "community":
         return community(dataset, video_ids)
     if kind == "partition":
-        return partition(video_ids, seed)
+        return partition(video_ids, seed, max(2, min(NUM_FOLDS, len(video_ids))))
     return load(kind, video_ids)
 
 
@@ -114,8 +114,8 @@ def partition(video_ids: Sequence[str], seed: int, num_folds: int = NUM_FOLDS) -
     ids = tuple(video_ids)
     if not 2 <= num_folds <= len(ids):
         raise UserError(
-            f"{len(ids)} videos cannot be parted into {num_folds} folds; take between 2 and "
-            f"{len(ids)} folds"
+            f"there are {len(ids)} videos, and {num_folds} folds that each test one were asked "
+            "for; get more videos, or set data.folds=''"
         )
     order = np.random.default_rng(seed).permutation(len(ids))
     return tuple(

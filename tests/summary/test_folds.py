@@ -112,9 +112,16 @@ def test_says_what_is_wrong():
         folds.community("synthetic", IDS)
     with pytest.raises(UserError, match="number the 50 videos of tvsum, and there are 7"):
         folds.community("tvsum", IDS)
-    with pytest.raises(UserError, match="7 videos cannot be parted into 8 folds"):
+    with pytest.raises(UserError, match="there are 7 videos, and 8 folds that each test one"):
         folds.partition(IDS, 0, 8)
     with pytest.raises(UserError, match=r"data.fold=5 is out of range: there are 5 folds, 0 to 4"):
         folds.choose(folds.partition(IDS, 0), 5)
     with pytest.raises(UserError, match="7 of 7 training videos cannot be kept"):
         folds.validation(IDS, 0, 7)
+
+
+def test_few_videos_give_as_many_folds_as_there_are():
+    found = folds.make("partition", "video_folder", ("a", "b", "c"))
+    assert sorted(fold.test for fold in found) == [("a",), ("b",), ("c",)]
+    with pytest.raises(UserError, match="there are 1 videos"):
+        folds.make("partition", "video_folder", ("a",))
