@@ -24,6 +24,8 @@ COLUMNS = ("video", "title", "subtitles", "id", "scores", "split")
 
 _NUM_SHOWN = 10  # problems of a file
 _MAX_ID_BYTES = 200
+# What Linux and macOS take for a file.
+_MAX_NAME_BYTES, _MAX_PATH_BYTES = 255, 1023
 # Of paths on any system and of addresses of objects, and what `gcloud storage` takes for patterns.
 _UNSAFE = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|#\[\]]')
 
@@ -95,12 +97,12 @@ def read_table(
 
     Args:
       path: the file.
-      columns: that it may have, in any order.
+      columns: that it may have, in any order; small letters or capitals are the same.
       required: those that it must have.
 
     Returns:
       The columns that it has; the rows that are not empty, each with the number of its first line;
-      and the rows that have too many cells, as (line, what is said of it).
+      and the rows that have too many cells or a NUL, as (line, what is said of it).
 
     Raises:
       UserError: it cannot be read, or its columns cannot be.
@@ -118,6 +120,7 @@ def read_table(
         raise UserError(f"{path} is empty; its first row names the columns: {', '.join(columns)}")
     while not header[-1]:  # spreadsheets write them
         header.pop()
+    header = [name.lower() for name in header]
     _check_columns(path, header, columns, required)
     rows, problems = [], []
     for line, cells in lines:
@@ -125,6 +128,9 @@ def read_table(
             cells.pop()
         if len(cells) > len(header):
             told = f"line {line} has {len(cells)} cells for {len(header)} columns"
+            problems.append((line, told))
+        elif any("\0" in cell for cell in cells):
+            told = f"line {line} has a NUL character, which no text has; save the file as UTF-8"
             problems.append((line, told))
         else:
             rows.append((line, dict(zip(header, cells, strict=False))))
@@ -187,8 +193,8 @@ def _item(home: epath.Path, cells: Mapping[str, str], reserved: Container[str]) 
     if not cells.get("video"):
         raise UserError("the column video is empty")
     subtitles = cells.get("subtitles") or None
-    if subtitles not in (None, "none"):
-        subtitles = _within(home, subtitles)
+    if subtitles is not None:
+        subtitles = "none" if subtitles.lower() == "none" else _within(home, subtitles)
     video = _within(home, cells["video"])
     name = cells.get("id") or video.stem
     check_id(name)
@@ -211,7 +217,7 @@ def check_id(name: str) -> None:
       UserError: it cannot.
     """
     fits = len(name.encode("utf-8", "surrogateescape")) <= _MAX_ID_BYTES
-    if _UNSAFE.search(name) or name[0] == "." or name[-1] in ". " or not fits:
+    if not name or _UNSAFE.search(name) or name[0] == "." or name[-1] in ". " or not fits:
         raise UserError(
             f"id {name!r} is no good name of a folder; give it one in the column id, of letters, "
             "digits, spaces, - and _"
@@ -220,7 +226,15 @@ def check_id(name: str) -> None:
 
 def _within(home: epath.Path, text: str) -> epath.Path:
     path = files.locate(text)
-    return path if files.in_bucket(path) or path.is_absolute() else home / path
+    if files.in_bucket(path):
+        return path
+    num_bytes = [len(part.encode()) for part in path.parts]
+    if max(num_bytes, default=0) > _MAX_NAME_BYTES or len(text.encode()) > _MAX_PATH_BYTES:
+        raise UserError(
+            f"{text[:60]}...: no file has so long a name ({len(text.encode())} bytes); are the "
+            "cells in their columns?"
+        )
+    return path if path.is_absolute() else home / path
 
 
 def _folded(name: str) -> str:

@@ -70,6 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--videos", type=int, default=40, help="generated videos of a minute (%(default)s)")
     add("--repeats", type=int, default=5, help="passes after the first (%(default)s)")
     args, rest = parser.parse_known_args(argv)
+    for name in ("image_size", "videos", "repeats"):
+        if (given := getattr(args, name)) is not None and given < 1:
+            parser.error(f"--{name} {given}: give 1 or more")
     unknown = [flag for flag in rest if not flag.startswith("--config.")]
     if unknown or (rest and args.config is None):
         parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")

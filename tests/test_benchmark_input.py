@@ -28,6 +28,13 @@ def test_generated_videos_are_timed_part_by_part(capsys):
     assert ms["tokens"] == ms["describe sounds"] == ms["read records"] == 0  # all are kept
 
 
+@pytest.mark.parametrize("name", ["repeats", "image_size", "videos"])
+def test_counts_are_at_least_one(capsys, name):
+    with pytest.raises(SystemExit):
+        benchmark_input.main([f"--{name}", "0"])
+    assert f"--{name} 0: give 1 or more" in capsys.readouterr().err
+
+
 def test_overrides_need_a_config(capsys):
     with pytest.raises(SystemExit):
         benchmark_input.main(["--config.data.augment=True"])

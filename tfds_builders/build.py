@@ -19,7 +19,9 @@ installed. Stopped and started again, a video_folder goes on: what is decoded is
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib.util
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -131,9 +133,26 @@ def _beam_options(family: str, flags: Sequence[str]) -> Any:
         raise UserError(
             '--beam wants Apache Beam, which is not installed; pip install -e ".[beam]"'
         )
-    from apache_beam.options.pipeline_options import PipelineOptions
+    from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
+    from apache_beam.runners import create_runner
 
-    return PipelineOptions(list(flags))
+    options = PipelineOptions(list(flags))
+    known = options.get_all_options()
+    # Beam itself passes over what it does not know.
+    extra = options.get_all_options(retain_unknown_options=True).keys() - known.keys()
+    unknown = [f"--{name}" for name in sorted(extra)]
+    unknown += [flag for flag in flags if re.match("-[A-Za-z]", flag)]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], [f"--{name}" for name in known], n=1)
+        advice = f"did you mean {near[0]}?" if near else "see its PipelineOptions"
+        raise UserError(f"Apache Beam has no flag {', '.join(unknown)}; {advice}")
+    if runner := options.view_as(StandardOptions).runner:
+        try:
+            create_runner(runner)
+        except (AttributeError, ImportError, TypeError, ValueError) as error:
+            told = " ".join(str(error).split())
+            raise UserError(f"--runner={runner} is no runner of Apache Beam: {told}") from error
+    return options
 
 
 if __name__ == "__main__":

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import itertools
+import os
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from deevisum_jax.errors import UserError
 
 VIDEO_ENDINGS = (
-    ".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm",
+    ".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts",
+    ".ogv", ".ts", ".webm", ".wmv",
 )  # fmt: skip
 _FEATURE_ENDINGS = (".h5", ".hdf5")
 _CHUNK = 2**20  # bytes read at a time
@@ -27,17 +30,34 @@ def list_files(
     Args:
       folder: which; one that does not exist holds nothing.
       endings: in small letters, such as ".mp4".
-      inside: whether to look into the folders in it, too.
+      inside: whether to look into the folders in it, too, and those that links there lead to.
     """
     if not folder.is_dir():
         return []
     return [
         path
-        for path in sorted(folder.rglob("*") if inside else folder.iterdir())
-        if path.suffix.lower() in endings
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.is_file()
+        for path in sorted(_below(folder) if inside else folder.iterdir())
+        if path.suffix.lower() in endings and not path.name.startswith(".") and path.is_file()
     ]
+
+
+def _below(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """The files of a folder and of those in it; each folder once, by its own name first."""
+    seen: set[str] = set()
+    waiting = collections.deque([folder])  # the folder, then what links lead to
+    while waiting:
+        for home, folders, names in os.walk(waiting.popleft()):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            real = os.path.realpath(home)
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            for name in names:
+                yield pathlib.Path(home, name)
+            for name in folders:
+                if os.path.islink(os.path.join(home, name)):
+                    waiting.append(pathlib.Path(home, name))
 
 
 def by_stem(paths: Iterable[pathlib.Path]) -> dict[str, pathlib.Path]:

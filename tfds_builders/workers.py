@@ -124,6 +124,13 @@ def pack(file: pathlib.Path | BinaryIO, record: Mapping[str, Any]) -> None:
     )
 
 
+def unpack_plain(path: pathlib.Path) -> dict[str, Any]:
+    """The plain values alone of the record that `pack` has written; little is read for them."""
+    # NumPy leaves a file open that it has opened and cannot read.
+    with path.open("rb") as stream, np.load(stream) as stored:
+        return json.loads(stored["plain"].tobytes())
+
+
 def unpack(path: pathlib.Path) -> dict[str, Any]:
     """The record that `pack` has written."""
     with np.load(path) as stored:

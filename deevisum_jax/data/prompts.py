@@ -138,7 +138,8 @@ class PromptEncoder:
         What does not fit is cut word by word, the farthest from the segment first: from the ends of
         `before` and `after`, then from the end of `transcript`, then of the title; never from the
         sound, the separator or the label. Lines of `before` and `after` come in by turns, nearest
-        first. A caption is cut to `caption_len`.
+        first. A caption is cut to `caption_len`. The prompt has `before`, `transcript` and `after`
+        one behind the other: where subtitles overlap, only the lines of each part are in order.
 
         Args:
           title: the video's title.

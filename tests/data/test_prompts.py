@@ -79,7 +79,6 @@ def test_what_does_not_fit_is_cut_from_the_transcript_then_from_the_title(text_l
 @pytest.mark.parametrize(
     ("letters", "prefix"),
     [
-        # By turns from the segment outward: d, e; c; f; b; g; a, h.
         # By turns from the segment outward: d, e, c, f, b, g, a, h.
         (26, "t|a b c d S T e f g h|s"),
         (23, "t|a b c d S T e f g h|s"),

@@ -2,20 +2,23 @@
 
 import errno
 import json
+import os
 import pathlib
 import shutil
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from etils import epath
 
+from deevisum_jax import manifest
 from deevisum_jax.data import audio, video
 from deevisum_jax.errors import UserError
 from deevisum_jax.summary import select
 from tests.media import solid_frames, write_video
 from tfds_builders import build as builders
 from tfds_builders import records
-from tfds_builders.video_folder import prepare, sources
+from tfds_builders.video_folder import prepare, sources, video_folder
 from tfds_builders.video_folder.video_folder import FAILURES_FILE, VideoFolder
 
 VTT = "WEBVTT\n\n00:00.500 --> 00:01.500\nhello\n"
@@ -159,6 +162,33 @@ def test_a_built_data_set_is_opened_by_its_name_without_the_videos(own, tmp_path
         records.build(VideoFolder, tmp_path / "other", VideoFolder.config_of(name, ""))
 
 
+def test_column_names_and_none_may_be_in_capitals(own):
+    [item] = manifest.read(epath.Path(write(own, "Video,TITLE,Subtitles\na.mp4,An A,None\n")))
+    assert (item.video.name, item.title, item.subtitles) == ("a.mp4", "An A", "none")
+
+
+def test_a_change_in_the_middle_of_a_file_makes_it_another_video(tmp_path):
+    file = tmp_path / "a.mp4"
+    file.write_bytes(bytes(2**20))
+    [before] = sources.read(tmp_path)
+    # Samples lie at k / 17 of the file.
+    with file.open("r+b") as stream:
+        stream.seek(2**20 * 8 // 17)
+        stream.write(b"x")
+    [after] = sources.read(tmp_path)
+    assert before.content != after.content
+
+
+def test_folders_that_links_lead_to_are_read_once(own, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copy(own / "more" / "b c.mkv", elsewhere / "d.WMV")
+    (own / "linked").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(own)
+    (own / "again").symlink_to(own / "more")
+    assert [one.id for one in sources.read(own)] == ["a", "linked_d", "more_b c"]
+
+
 # ---- What is not done twice, and what fails ----
 
 
@@ -203,8 +233,101 @@ def test_videos_that_fail_are_listed_and_the_others_are_built(own, tmp_path, cap
     assert (bad["id"], bad["video"]) == ("bad", str(own / "bad.mp4"))
     assert "bad.mp4: not a video file" in bad["reason"]
     told = capsys.readouterr().err
-    assert "2 of 3 videos are left out" in told
+    assert told.count("2 of 3 videos are left out") == 1
     assert FAILURES_FILE in told
+
+
+def test_videos_that_failed_are_told_again_when_the_data_set_is_opened(own, tmp_path, capsys):
+    (own / "bad.mp4").write_bytes(b"no video" * 100)
+    made = build(own, tmp_path)
+    video_folder._tell_failures.cache_clear()  # as in another process
+    capsys.readouterr()
+    build(own, tmp_path)
+    told = capsys.readouterr().err
+    assert "1 of 3 videos are left out" in told
+    assert "bad: " in told
+    folder = pathlib.Path(made.data_dir).parent
+    assert f"delete {folder} to try again" in told
+    shutil.rmtree(folder)
+    build(own, tmp_path)
+    assert failures(made)[0]["id"] == "bad"
+
+
+@pytest.mark.parametrize(
+    ("rows", "is_used"),
+    [
+        ("0,1\n1,2\n", True),  # 2 s of the 3 s are left
+        ("0,1\n0.5,2\n", False),
+        ("0,1\n1,2\n2.5,2\n", True),
+        ("2.5,1\n", False),
+    ],
+)
+def test_scores_must_reach_to_the_end_of_the_video(own, tmp_path, rows, is_used):
+    write(own, f"time_s,score\n{rows}", "s.csv")
+    [source] = sources.read(write(own, "video,scores\nmore/b c.mkv,s.csv\n"))
+    store = prepare.Store(str(tmp_path), 1.0)
+    store.prepare(source)
+    reason = store.failure(source)
+    if is_used:
+        assert reason is None
+    else:
+        last = rows.split()[-1].split(",")[0]
+        assert f"s.csv: the last of {len(rows.split())} scores is at {last} s, and " in reason
+        assert "b c.mkv ends at 3.00 s; score all of it" in reason
+
+
+def test_a_decoded_video_that_is_cut_off_is_decoded_anew(own, tmp_path):
+    [source, _] = sources.read(own)
+    store = prepare.Store(str(tmp_path), 1.0)
+    store.prepare(source)
+    [done] = tmp_path.glob("*.npz")
+    whole = done.read_bytes()
+    for damaged in (whole[:-100], whole[:100], b""):
+        done.write_bytes(damaged)
+        store.prepare(source)
+        assert store.failure(source) is None
+        assert len(store.record(source)["frames"]) == 2
+
+
+def test_a_decoded_video_with_another_byte_in_it_is_removed(own, tmp_path):
+    [source, _] = sources.read(own)
+    store = prepare.Store(str(tmp_path), 1.0)
+    store.prepare(source)
+    [done] = tmp_path.glob("*.npz")
+    content = bytearray(done.read_bytes())
+    content[content.index(b"\xff\xd8\xff") + 100] ^= 1  # within the first picture
+    done.write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.mp4, was damaged .* give the same command again"):
+        store.record(source)
+    assert not done.exists()
+
+
+def test_a_process_that_ends_between_two_videos_costs_none(own, tmp_path, monkeypatch):
+    videos = sources.read(own)
+    store = prepare.Store(str(tmp_path), 1.0)
+    monkeypatch.setattr(prepare.workers, "num_cores", lambda: 1)
+    monkeypatch.setattr(prepare, "__name__", "tests.tfds_builders.tiring_worker")
+    prepare.with_processes(store, videos)
+    assert [store.failure(one) for one in videos] == [None, None]
+
+
+def test_processes_that_cannot_be_started_are_no_fault_of_a_video(own, tmp_path, monkeypatch):
+    def start(*_):
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(prepare.workers, "start", start)
+    with pytest.raises(UserError, match=r"cannot be started .*temporarily unavailable"):
+        prepare.with_processes(prepare.Store(str(tmp_path), 1.0), sources.read(own))
+
+
+def test_a_process_that_ends_before_it_begins_is_no_fault_of_a_video(own, tmp_path, monkeypatch):
+    videos = sources.read(own)
+    store = prepare.Store(str(tmp_path), 1.0)
+    # An older note does not count.
+    store._path(videos[0], ".json").write_text(json.dumps({"reason": "killed"}))
+    monkeypatch.setattr(prepare, "__name__", "tests.tfds_builders.no_such_module")
+    with pytest.raises(UserError, match="ended before it began"):
+        prepare.with_processes(store, videos)
 
 
 def test_a_mended_video_is_read_and_the_list_of_failures_ends(own, tmp_path):
@@ -273,9 +396,14 @@ def test_a_folder_that_is_gone_ends_the_work(own, tmp_path):
         ("video,scores\na.mp4,x.csv\n", ["a: ", "x.csv: no such file of scores"]),
         ("video,scores\na.mp4,bad.csv\n", ["a: ", "bad.csv", "line 3: score 'nan' cannot be"]),
         ("video,split\na.mp4,train\nmore/b c.mkv,\n", ["b c: has no split, and others have"]),
-        ("video,split\na.mp4,all\n", ["split 'all' is no name of one"]),
-        ("video,split\na.mp4,te-st\n", ["split 'te-st' is no name of one"]),
+        ("video,split\na.mp4,all\n", ["split 'all' is none of train, validation, test; choose"]),
+        ("video,split\na.mp4,te-st\n", ["split 'te-st' is none of", "did you mean 'test'?"]),
         ("video\ngs://bucket/a.mp4\n", ["a: gs://bucket/a.mp4 is in a bucket"]),
+        ("video\n/\na.mp4\n", ["line 2: id '' is no good name"]),
+        (f"video,id\n{'x' * 252}.mp4,x\na.mp4,\n", ["line 2: xxx", "so long a name (256 bytes)"]),
+        (f"video,id\n{'x/' * 600}a.mp4,x\n", ["line 2: x/x", "so long a name (1205 bytes)"]),
+        (f"video,subtitles\na.mp4,{'x' * 300}.vtt\n", ["line 2: xxx", "so long a name"]),
+        ("video\na.mp4\nb\0.mp4\n", ["line 3 has a NUL character"]),
         ("", ["is empty"]),
         ("video\n", ["lists no video"]),
     ],
@@ -298,6 +426,7 @@ def test_manifests_that_cannot_be(own, text, messages):
         ("time_s,score\n", "has no scores; give it a row for each"),
         ("time_s,score\n0,1\n1,\n", "line 3: score '' cannot be: wanted a number"),
         ("time_s,score\nx,inf\n", "line 2: time_s 'x' and score 'inf' cannot be"),
+        ("time_s,score\n0,1e39\n1,1_0\n", "line 2: score '1e39' cannot.*\n.*line 3: score '1_0'"),
         ("time_s,score\n-1,2\n0,-3\n", "line 2: time_s -1 is below 0\n  line 3: score -3 is"),
         ("time_s,score\n1,2\n1.0,3\n", "line 3: a second score at 1 s"),
         ("time_s,score\n1,2,3\n", "line 2 has 3 cells for 2 columns"),
@@ -330,7 +459,7 @@ def test_words_beside_a_video_are_found_as_when_it_is_read(own):
 
 def test_folders_that_cannot_be(own, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"empty holds no videos \(files that end in \.avi, "):
+    with pytest.raises(UserError, match=r"empty holds no videos \(files that end in \.3gp, "):
         VideoFolder.config_of("1fps", tmp_path / "empty")
     with pytest.raises(UserError, match="nowhere: no such folder and no such manifest"):
         VideoFolder.config_of("1fps", tmp_path / "nowhere")
@@ -343,6 +472,16 @@ def test_folders_that_cannot_be(own, tmp_path):
     shutil.copy(own / "a.mp4", own / "more_b c.mp4")
     with pytest.raises(UserError, match=r"more_b c \(.*more_b c \(.*the same id"):
         VideoFolder.config_of("1fps", own)
+
+
+def test_names_that_are_no_text_are_one_id(own):
+    for name in (b"bad\xff.mp4", b"bad\xfe.mp4"):
+        try:
+            shutil.copy(own / "a.mp4", os.path.join(os.fsencode(own), name))
+        except OSError:
+            pytest.skip("this file system has only names that are text")
+    with pytest.raises(UserError, match=r"bad\? \(.*bad\? \(.*the same id"):
+        sources.read(own)
 
 
 # ---- The command, and Beam ----
@@ -379,6 +518,22 @@ def test_without_beam_the_extra_is_named(own, tmp_path, capsys, monkeypatch):
 def test_beam_is_for_ones_own_videos(tmp_path, capsys):
     assert builders.main(["synthetic/tiny", "--data_dir", str(tmp_path), "--beam"]) == 2
     assert "--beam builds video_folder, not synthetic" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("default")  # Beam's own
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--runnr=DirectRunner", "Apache Beam has no flag --runnr; did you mean --runner?"),
+        ("-runner=DirectRunner", "Apache Beam has no flag -runner"),
+        ("--runner=Direkt", "--runner=Direkt is no runner of Apache Beam: Unexpected"),
+        ("--runner=no.such.Runner", "--runner=no.such.Runner is no runner of Apache Beam: No mod"),
+    ],
+)
+def test_flags_that_beam_does_not_know_are_refused(own, tmp_path, capsys, flag, message):
+    pytest.importorskip("apache_beam", reason="Apache Beam is not installed")
+    assert command(own, tmp_path, "--beam", flag) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("default")  # Beam's own

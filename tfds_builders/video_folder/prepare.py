@@ -19,10 +19,12 @@ import hashlib
 import json
 import pathlib
 import queue
+import subprocess
 import sys
 import tempfile
 import threading
 import time
+import zipfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,6 +41,8 @@ from tfds_builders.video_folder.sources import Source
 _VERSION = 1  # of what is stored; what has another one is decoded anew
 _DIED = "the process that read it ended, as broken files or too little memory make it"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # the next video would not fare better
+_DAMAGED = (zipfile.BadZipFile, EOFError, LookupError, ValueError)  # of NumPy's files
+_MAX_UNSCORED_S = 2.0  # at the end of a video, however dense its scores are
 _SHOWN_S = 10.0  # between two lines on how far it is
 
 
@@ -55,7 +59,7 @@ class Store:
           OSError: the folder cannot be written.
         """
         done, failed = self._path(source, ".npz"), self._path(source, ".json")
-        if done.exists():
+        if _is_whole(done):
             return
         # Stands if the process dies of the file.
         files.write_whole(failed, json.dumps({"reason": _DIED}))
@@ -69,6 +73,14 @@ class Store:
             if not isinstance(error, UserError):
                 reason = f"{source.video}: {type(error).__name__}: {error}"
             files.write_whole(failed, json.dumps({"reason": " ".join(reason.split())}))
+
+    def forget(self, source: Source) -> None:
+        """Removes the note of why a video failed, before it is tried again."""
+        self._path(source, ".json").unlink(missing_ok=True)
+
+    def is_noted(self, source: Source) -> bool:
+        """Whether a process has begun with a video, and has not ended well."""
+        return self._path(source, ".json").exists()
 
     def _decode(self, source: Source, done: pathlib.Path) -> None:
         media = read_media(
@@ -85,24 +97,33 @@ class Store:
 
     def failure(self, source: Source) -> str | None:
         """Why a video gives no record; None if it gives one."""
-        if not self._path(source, ".npz").exists():
+        done = self._path(source, ".npz")
+        if not done.exists():
             with contextlib.suppress(FileNotFoundError):
                 return json.loads(self._path(source, ".json").read_text())["reason"]
             return f"{source.video}: was not read"
-        try:
-            if source.scores is not None:
-                self.record(source)
-        except UserError as error:
-            return str(error)
+        if source.scores is not None:
+            try:
+                _fitting_scores(source, workers.unpack_plain(done)["duration_s"])
+            except UserError as error:
+                return str(error)
         return None
 
     def record(self, source: Source) -> dict[str, Any]:
         """The record of a video that is done.
 
         Raises:
-          UserError: its scores go beyond it.
+          UserError: its scores are not of its length, or what was decoded is damaged.
         """
-        record = workers.unpack(self._path(source, ".npz"))
+        done = self._path(source, ".npz")
+        try:
+            record = workers.unpack(done)
+        except _DAMAGED as error:
+            done.unlink()
+            raise UserError(
+                f"{done}, decoded of {source.video}, was damaged ({error}) and is gone; give the "
+                "same command again"
+            ) from error
         scores = _scores(source, record) | {
             "video_id": source.id,
             "title": source.title,
@@ -116,6 +137,43 @@ class Store:
         return pathlib.Path(self.folder, hashlib.sha256(told.encode()).hexdigest()[:32] + ending)
 
 
+def _is_whole(done: pathlib.Path) -> bool:
+    """Whether a decoded video is there; what a full disk or a copy has cut off is removed."""
+    try:
+        workers.unpack_plain(done)
+    except FileNotFoundError:
+        return False
+    except _DAMAGED:
+        done.unlink()
+        return False
+    return True
+
+
+def _fitting_scores(source: Source, duration_s: float) -> tuple[np.ndarray, np.ndarray]:
+    """Times and scores as `sources.read_scores`, of a video that is so long.
+
+    Raises:
+      UserError: they go beyond it, or end long before it.
+    """
+    times, scores = sources.read_scores(source.scores)
+    if times[-1] > duration_s:
+        raise UserError(
+            f"{source.scores}: scores at {times[-1]:g} s, and {source.video} ends at "
+            f"{duration_s:.2f} s; are they of another video?"
+        )
+    # The last score holds until the end, whatever is there.
+    if len(times) > 1:
+        unscored_s, usual_s = duration_s - times[-1], 2 * float(np.median(np.diff(times)))
+    else:
+        unscored_s, usual_s = duration_s, 0.0
+    if unscored_s > max(usual_s, _MAX_UNSCORED_S):
+        raise UserError(
+            f"{source.scores}: the last of {len(times)} scores is at {times[-1]:g} s, and "
+            f"{source.video} ends at {duration_s:.2f} s; score all of it"
+        )
+    return times, scores
+
+
 def _scores(source: Source, record: dict[str, Any]) -> dict[str, np.ndarray]:
     """The fields of a record that people gave; of nobody, where there are no scores."""
     if source.scores is None:
@@ -124,12 +182,7 @@ def _scores(source: Source, record: dict[str, Any]) -> dict[str, np.ndarray]:
             "user_scores": np.zeros((0, 0), np.float32),
             "user_summary": np.zeros((0, record["n_frames"]), np.uint8),
         }
-    times, scores = sources.read_scores(source.scores)
-    if times[-1] > record["duration_s"]:
-        raise UserError(
-            f"{source.scores}: scores at {times[-1]:g} s, and {source.video} ends at "
-            f"{record['duration_s']:.2f} s; are they of another video?"
-        )
+    times, scores = _fitting_scores(source, record["duration_s"])
     n_frames = record["n_frames"]
     point = protocols.point_of_frame(times, n_frames, n_frames / record["duration_s"])
     summary = select.annotator_summaries(
@@ -151,18 +204,19 @@ def with_processes(store: Store, videos: Sequence[Source]) -> None:
     A process that dies costs the video that it read, and no other.
 
     Raises:
-      UserError: the folder cannot be written.
+      UserError: the folder cannot be written, or processes cannot be started.
     """
     left: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for index in range(len(videos)):
+    for index, video in enumerate(videos):
+        store.forget(video)
         left.put(index)
     progress = _Progress(len(videos))
-    errors: list[str] = []
+    errors: list[BaseException] = []
     with tempfile.TemporaryDirectory() as scratch:
         plan = pathlib.Path(scratch, "plan.json")
         plan.write_text(json.dumps([vars(store), [vars(video) for video in videos]]))
         threads = [
-            threading.Thread(target=_feed, args=(plan, left, progress, errors))
+            threading.Thread(target=_feed, args=(store, videos, plan, left, progress, errors))
             for _ in range(min(workers.num_cores(), len(videos)))
         ]
         for thread in threads:
@@ -170,11 +224,11 @@ def with_processes(store: Store, videos: Sequence[Source]) -> None:
         try:
             for thread in threads:
                 thread.join()
-        except BaseException:
-            errors.append("interrupted")  # ends the threads after what they are at
+        except BaseException as error:
+            errors.append(error)  # ends the threads after what they are at
             raise
     if errors:
-        raise UserError(errors[0])
+        raise errors[0]
 
 
 class _Progress:
@@ -193,10 +247,15 @@ class _Progress:
 
 
 def _feed(
-    plan: pathlib.Path, left: queue.SimpleQueue[int], progress: _Progress, errors: list[str]
+    store: Store,
+    videos: Sequence[Source],
+    plan: pathlib.Path,
+    left: queue.SimpleQueue[int],
+    progress: _Progress,
+    errors: list[BaseException],
 ) -> None:
-    """Hands one process after another what is left, index by index."""
-    process = None
+    """Hands one process after another what is left, index by index; `errors` has what it raises."""
+    process, answered = None, False
     try:
         while not errors:
             try:
@@ -204,21 +263,42 @@ def _feed(
             except queue.Empty:
                 return
             if process is None:
-                process = workers.start(__name__, str(plan))
+                process, answered = _start(plan), False
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.write(f"{index}\n")
                 process.stdin.flush()
             answer = process.stdout.readline()
-            progress.one()
-            if not answer:  # it died; its note says so
+            if not answer:  # it died
                 process.communicate()
                 process = None
+                if not store.is_noted(videos[index]):  # and not of the video, which it never began
+                    if not answered:
+                        raise UserError(
+                            "the process that reads videos ended before it began; its own message "
+                            "is above"
+                        )
+                    left.put(index)
+                    continue
             elif error := json.loads(answer):
-                errors.append(error)
+                raise UserError(error)
+            answered = True
+            progress.one()
+    except Exception as error:
+        errors.append(error)
     finally:
         if process is not None:
             process.kill()
             process.communicate()
+
+
+def _start(plan: pathlib.Path) -> subprocess.Popen[str]:
+    try:
+        return workers.start(__name__, str(plan))
+    except OSError as error:
+        raise UserError(
+            f"a process that reads videos cannot be started ({error}); end other programs, and "
+            "give the same command again"
+        ) from error
 
 
 def main(plan: str) -> None:

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import pathlib
-import re
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -21,13 +20,14 @@ from etils import epath
 
 from deevisum_jax import files, manifest
 from deevisum_jax.data import subtitles
-from deevisum_jax.errors import UserError
+from deevisum_jax.errors import UserError, closest
 from tfds_builders import downloads
 from tfds_builders.records import MANUAL_DIR
 
 _SAMPLE_BYTES = 2**16  # of a file's beginning and end: containers keep their index in one of them
-_SPLIT = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
-_RESERVED_SPLIT = "all"  # TFDS has it for all splits together
+_NUM_SAMPLES, _INNER_BYTES = 16, 2**12  # in between
+_LARGEST = float(np.finfo(np.float32).max)  # of a number that can be stored
+_SPLITS = ("train", "validation", "test")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,6 +67,8 @@ def read(path: str | os.PathLike[str]) -> list[Source]:
             found.append(_source(item, beside))
         except UserError as error:
             problems.append(f"{manifest.printable(item.id)}: {error}")
+        except OSError as error:
+            problems.append(f"{manifest.printable(item.id)}: cannot be read ({error})")
     if problems:
         raise UserError(manifest.listing(f"{home} lists what cannot be used:", problems))
     return found
@@ -126,10 +128,10 @@ def read_scores(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
 
 def _number(text: str) -> float | None:
     try:
-        value = float(text)
+        value = math.nan if "_" in text else float(text)  # 1_0 is a number in Python alone
     except ValueError:
         return None
-    return value if math.isfinite(value) else None
+    return value if abs(value) <= _LARGEST else None
 
 
 def _of_folder(home: epath.Path) -> list[manifest.Item]:
@@ -148,13 +150,14 @@ def _of_folder(home: epath.Path) -> list[manifest.Item]:
 
 
 def _same_file(items: Sequence[manifest.Item]) -> Iterator[str]:
-    for name, key in (("id", lambda item: item.id), ("file", lambda item: _real(item.video))):
+    shown_id = lambda item: manifest.printable(item.id)  # what tells records apart
+    for name, key in (("id", shown_id), ("file", lambda item: _real(item.video))):
         rows = collections.defaultdict(list)
         for item in items:
             rows[key(item)].append(item)
         for same in rows.values():
             if len(same) > 1:
-                told = ", ".join(f"{item.id} ({item.video})" for item in same)
+                told = ", ".join(f"{shown_id(item)} ({item.video})" for item in same)
                 yield f"{told}: the same {name}; keep one, or tell them apart in a manifest"
 
 
@@ -168,11 +171,8 @@ def _bad_splits(items: Sequence[manifest.Item]) -> Iterator[str]:
         without = next(item.id for item in items if item.split is None)
         yield f"{without}: has no split, and others have; fill in the column split, or remove it"
     for name in sorted(names - {None}):
-        if not _SPLIT.fullmatch(name) or name.lower() == _RESERVED_SPLIT:
-            yield (
-                f"split {name!r} is no name of one; take letters, digits and _, such as train, "
-                f"validation and test, and not {_RESERVED_SPLIT!r}"
-            )
+        if name not in _SPLITS:
+            yield f"split {name!r} is none of {', '.join(_SPLITS)}; {closest(name, _SPLITS)}"
 
 
 class _Beside:
@@ -228,12 +228,16 @@ def _source(item: manifest.Item, beside: _Beside) -> Source:
 
 
 def _sample(path: pathlib.Path) -> str:
-    """Tells files apart by size, beginning and end; to read all of them would take long."""
+    """Tells files apart by size, both ends and samples; to read all of them would take long."""
     size = path.stat().st_size
     with path.open("rb") as stream:
-        begin = stream.read(_SAMPLE_BYTES)
+        read = [stream.read(_SAMPLE_BYTES)]
+        for k in range(1, _NUM_SAMPLES + 1):
+            stream.seek(size * k // (_NUM_SAMPLES + 1))
+            read.append(stream.read(_INNER_BYTES))
         stream.seek(max(0, size - _SAMPLE_BYTES))
-        return f"{size} {_digest(begin + stream.read(_SAMPLE_BYTES))}"
+        read.append(stream.read(_SAMPLE_BYTES))
+        return f"{size} {_digest(b''.join(read))}"
 
 
 def _digest(data: bytes) -> str:

@@ -61,6 +61,12 @@ class VideoFolder(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = CONFIGS
 
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        file = self._failures_file()
+        if self.builder_config.videos and self.data_path.exists() and file.exists():
+            _tell_failures(file, len(self.builder_config.videos), file.stat().st_mtime_ns)
+
     @classmethod
     def config_of(cls, name: str, manual_dir: str | os.PathLike[str]) -> VideoFolderConfig:
         """The config of the videos that a folder or a manifest lists.
@@ -146,20 +152,34 @@ class VideoFolder(tfds.core.GeneratorBasedBuilder):
                 failures.append({"id": video.id, "video": video.video, "reason": reason})
             else:
                 good.append((place, video))
-        file = pathlib.Path(self.data_dir).parent / FAILURES_FILE
-        told = [f"{failure['id']}: {failure['reason']}" for failure in failures]
         if empty := [split for split, good in splits.items() if not good]:
-            raise UserError(manifest.listing(f"no video of split {empty[0]!r} can be used:", told))
+            first = f"no video of split {empty[0]!r} can be used:"
+            raise UserError(manifest.listing(first, _lines(failures)))
         if failures:
-            files.write_whole(file, json.dumps(failures, indent=2) + "\n")
-            first = f"{len(failures)} of {len(videos)} videos are left out, see {file}:"
-            print(manifest.listing(first, told), file=sys.stderr)
+            files.write_whole(self._failures_file(), json.dumps(failures, indent=2) + "\n")
         else:
-            file.unlink(missing_ok=True)
+            self._failures_file().unlink(missing_ok=True)
         return splits
+
+    def _failures_file(self) -> pathlib.Path:
+        return pathlib.Path(self.data_dir).parent / FAILURES_FILE
 
     def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
         raise AssertionError("splits have generators of their own")
+
+
+def _lines(failures: Sequence[dict[str, str]]) -> list[str]:
+    return [f"{failure['id']}: {failure['reason']}" for failure in failures]
+
+
+@functools.cache  # a command opens a data set several times
+def _tell_failures(file: pathlib.Path, num_videos: int, stamp_ns: int) -> None:
+    """Names on stderr the videos that a data set lacks."""
+    del stamp_ns  # a list that is written anew is told anew
+    failures = json.loads(file.read_text())
+    first = f"{len(failures)} of {num_videos} videos are left out, see {file}:"
+    last = f"once they are mended, delete {file.parent} to try again"
+    print(manifest.listing(first, _lines(failures), last), file=sys.stderr)
 
 
 def _example(store: Store, placed: tuple[int, Source]) -> tuple[int, dict[str, Any]]:
