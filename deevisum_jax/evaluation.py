@@ -111,9 +111,9 @@ def _shots_by_kts(record: Record) -> np.ndarray:
             f"{record['video_id']} has neither features nor frames to find shots in; set "
             "eval.shots='data_set'"
         )
-    frames = [_picture(frame) for frame in record["frames"]]
-    found = shots_lib.detect_shots(
-        np.stack(frames),
+    found = shots_lib.shots_of(
+        # One picture at a time: decoded, an hour of them takes gigabytes.
+        np.stack([_descriptor(frame) for frame in record["frames"]]),
         np.asarray(record["frame_times"], np.float64),
         native_times=np.arange(n_frames) / record["native_fps"],
         change=np.zeros(n_frames),  # not stored: borders stay on the sampled frames
@@ -123,12 +123,12 @@ def _shots_by_kts(record: Record) -> np.ndarray:
     return select.shot_bounds(found)
 
 
-def _picture(frame: np.ndarray | bytes) -> np.ndarray:
-    """uint8[H, W, 3]."""
-    if isinstance(frame, np.ndarray):
-        return frame
-    with PIL.Image.open(io.BytesIO(frame)) as picture:
-        return np.asarray(picture.convert("RGB"))
+def _descriptor(frame: np.ndarray | bytes) -> np.ndarray:
+    """float32[264]: what a stored picture looks like, for shots."""
+    if isinstance(frame, bytes):
+        with PIL.Image.open(io.BytesIO(frame)) as picture:
+            frame = np.asarray(picture.convert("RGB"))
+    return shots_lib.frame_descriptors(frame[None])[0]
 
 
 def evaluate(

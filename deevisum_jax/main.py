@@ -220,7 +220,7 @@ class Run:
             num_threads=config.data.num_threads,
         )
         validation = self._split(config.eval.validation_split)
-        for split in (validation, self._split(config.eval.test_split)):
+        for split in (validation, self._test):
             for truth in split.truths:
                 truth.check()  # better known before training than after
         # ---- Update: one compiled function, the state donated ----
@@ -267,7 +267,7 @@ class Run:
             step = saved.best_step
             params = saved.restore_params(step, self._abstract_params)
         # ---- Predictions: with everything, and with one input left out ----
-        test = self._split(config.eval.test_split)
+        test = self._test
         full = self._predict(params, test)
         models = evaluation.evaluate_exits(test.truths, full, config, self.model_config)
         left_out = {}
@@ -340,6 +340,11 @@ class Run:
         params = self.start.load(self.model_config, self._abstract_params, key)
         begin = lambda params: train_step.init_state(params, self.tx, self.config.optim.frozen)
         return jax.jit(begin, out_shardings=self.shardings, donate_argnums=0)(params)
+
+    @functools.cached_property
+    def _test(self) -> Split:
+        """Read once, for training's first look at it and for the evaluation behind."""
+        return self._split(self.config.eval.test_split)
 
     def _split(self, name: str) -> Split:
         records = self.dataset.split(name)
