@@ -1,4 +1,11 @@
-"""A small student on the synthetic data set: data, training and evaluation on one CPU."""
+"""A teacher, a mentor and a small student on the synthetic data set, on one CPU.
+
+    python -m deevisum_jax.main --config configs/quickstart.py --workdir runs/quickstart
+
+builds the data, trains the three of them in order and evaluates each. The student alone, from
+labels only, in half the time: --config.stage=student --config.distill.phi=0 --config.distill.psi=0.
+What distillation is worth here: docs/DISTILLATION.md.
+"""
 
 import ml_collections
 
@@ -9,7 +16,7 @@ def get_config() -> ml_collections.ConfigDict:
         {
             "initialization": "from_scratch",
             "seed": 0,
-            "total_steps": 1000,
+            "total_steps": 600,
             "batch_size": 32,
             "data": {
                 "dataset": "synthetic/quickstart",
@@ -27,12 +34,26 @@ def get_config() -> ml_collections.ConfigDict:
             },
             "optim": {
                 "learning_rate": 2e-3,
-                "warmup_steps": 100,
+                "warmup_steps": 50,
                 "weight_decay": 0.05,
                 "b2": 0.98,
             },
+            "distill": {"phi": 0.5, "psi": 0.5, "source": "cache"},
+            "stages": {
+                "teacher": {
+                    "total_steps": 450,
+                    "model": {"variant": "quickstart_teacher", "exit_layers": (3, 6, 8)},
+                    "optim": {"learning_rate": 1.5e-3},
+                },
+                "mentor": {
+                    "total_steps": 450,
+                    "model": {"variant": "quickstart_mentor", "exit_layers": (3, 5, 7)},
+                    "optim": {"learning_rate": 1.5e-3},
+                },
+                "student": {},
+            },
             "mesh": {"data": -1, "fsdp": 1},
-            "checkpoint": {"every_steps": 250},
-            "eval": {"every_steps": 250},
+            "checkpoint": {"every_steps": 150},
+            "eval": {"every_steps": 150},
         }
     )

@@ -13,12 +13,14 @@ import contextlib
 import dataclasses
 import errno
 import gc
+import hashlib
+import json
 import logging
 import os
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -29,6 +31,7 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
+from qwix import QArray
 
 from deevisum_jax import distributed, optim
 from deevisum_jax.config import CheckpointConfig
@@ -40,6 +43,8 @@ BEST_METRIC = "tau"
 _SCORES = "metrics"  # Orbax's name for what a checkpoint is judged by, as item and as file
 _CHUNK_BYTES = 256 * 2**20  # of stored weights
 _GROUP_BYTES = 2**30  # of weights restored at a time
+
+_BESIDE_PARAMS = ("opt_state", "step")  # of a state, `_beside_params`
 
 _ADVICE = "move that folder aside to go on from the one before"
 # What tensorstore and gcsfs say, in a ValueError, where a checkpoint may be whole and only out of
@@ -188,6 +193,24 @@ class Checkpoints:
             return newest
         return self._manager.best_step()
 
+    def fingerprint(self, step: int) -> str:
+        """64 hexadecimal digits that tell a step's parameters from others; reads none of them.
+
+        Raises:
+          UserError: it has no checksums, being of an earlier version, or they are damaged.
+        """
+        path = self._folder / str(step) / "checksums"
+        sums = _saved_checksums(path) or {}
+        of_params = {
+            name: value for name, value in sums.items() if not name.startswith(_BESIDE_PARAMS)
+        }
+        if not of_params:
+            raise UserError(
+                f"{path} has no checksums of the parameters, by which they could be told from "
+                "others: it is of an earlier version, or damaged; train it again in a new folder"
+            )
+        return hashlib.sha256(json.dumps(of_params, sort_keys=True).encode()).hexdigest()
+
     def scores(self, step: int) -> Mapping[str, float] | None:
         """What a complete step was validated with, or None."""
         return self._manager.metrics(step)
@@ -211,7 +234,7 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(params),
+                    params=ocp.args.StandardSave(_storable(params)),
                     train_state=ocp.args.StandardSave(rest),
                     data_iter=ocp.args.JsonSave(data_iter.get_state()),
                     checksums=ocp.args.JsonSave(_checksums(params) | _checksums(rest)),
@@ -238,6 +261,8 @@ class Checkpoints:
     @_telling_once()
     def restore_params(self, step: int, abstract: Params) -> Params:
         """The parameters alone, onto the shapes, dtypes and shardings of `abstract`.
+
+        What was only trained beside the model, `distill/`, may be there and is left out.
 
         Raises:
           UserError: the step holds parameters of another architecture (names what differs), or
@@ -453,7 +478,9 @@ def _checksum(x: jax.Array) -> jax.Array:
     place = jnp.zeros(x.shape, jnp.uint32)
     for dim, size in enumerate(x.shape):
         place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim)
-    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
+    if x.dtype != jnp.uint4:  # which is no whole byte
+        x = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+    bits = x.astype(jnp.uint32)
     bits ^= place * jnp.uint32(0x9E3779B9)
     bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
     bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
@@ -469,9 +496,57 @@ def _beside_params(state: TrainState) -> dict[str, Any]:
 
 
 def _read_params(folder: epath.Path, abstract: Params) -> Params:
-    handler = ocp.StandardCheckpointHandler()
-    _check_shapes(handler.metadata(folder / "params").tree, abstract, folder)
-    return handler.restore(folder / "params", args=ocp.args.StandardRestore(abstract))
+    # Not the standard handler, which cannot pass over anything.
+    handler = ocp.PyTreeCheckpointHandler()
+    wanted, stored = _storable(abstract), handler.metadata(folder / "params").tree
+    left_out = {name: tree for name, tree in stored.items() if name not in wanted}
+    if left_out.keys() <= {optim.PROJECTIONS}:
+        wanted |= jax.tree.map(lambda _: ocp.PLACEHOLDER, left_out)
+        stored = {name: stored[name] for name in stored if name not in left_out}
+    _check_shapes(stored, _storable(abstract), folder)
+    found = handler.restore(
+        folder / "params",
+        args=ocp.args.PyTreeRestore(
+            item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted)
+        ),
+    )
+    return _from_storable(found, abstract)
+
+
+def _storable(params: Params) -> Params:
+    """Quantised weights as dictionaries, their 4-bit codes as bytes: tensorstore has no uint4."""
+
+    def plain(leaf: Any) -> Any:
+        if not isinstance(leaf, QArray):
+            return leaf
+        codes = leaf.qvalue
+        if codes.dtype == jnp.uint4:
+            if isinstance(codes, jax.ShapeDtypeStruct):
+                codes = jax.ShapeDtypeStruct(codes.shape, jnp.uint8, sharding=codes.sharding)
+            else:
+                codes = _as_type(codes, "uint8")
+        return {"qvalue": codes, "scale": leaf.scale}
+
+    return jax.tree.map(plain, params, is_leaf=lambda leaf: isinstance(leaf, QArray))
+
+
+def _from_storable(found: Params, abstract: Params) -> Params:
+    """What `_storable` was given, of the structure of `abstract`."""
+
+    def whole(leaf: Any, stored: Any) -> Any:
+        if not isinstance(leaf, QArray):
+            return stored
+        codes = stored["qvalue"]
+        if leaf.qvalue.dtype == jnp.uint4:
+            codes = _as_type(codes, "uint4")
+        return dataclasses.replace(leaf, qvalue=codes, scale=stored["scale"])
+
+    found = {name: found[name] for name in abstract}
+    return jax.tree.map(whole, abstract, found, is_leaf=lambda leaf: isinstance(leaf, QArray))
+
+
+# Compiled: arrays that other processes hold parts of allow nothing else.
+_as_type = jax.jit(lambda x, dtype: x.astype(dtype), static_argnums=1)
 
 
 def _put(data_iter: DataIterator, folder: epath.Path) -> None:
@@ -582,11 +657,20 @@ def save_params(folder: os.PathLike[str], params: Params) -> None:
 
 
 @_telling_once()
-def restore_params(folder: epath.Path, abstract: Params) -> Params:
+def restore_params(
+    folder: epath.Path,
+    abstract: Params,
+    finish: Callable[[str, jax.Array], Any] | None = None,
+) -> Params:
     """What `save_params` wrote, onto the shapes, dtypes and shardings of `abstract`.
 
     The folder may have been copied into a bucket. Memory beyond the result: about the largest
     parameter, which is read first, when there is most room.
+
+    Args:
+      folder: what was written.
+      abstract: of all parameters.
+      finish: what is made of each of them, given its path, as soon as it is read.
 
     Raises:
       UserError: the folder is not there or damaged, or holds another architecture.
@@ -616,7 +700,9 @@ def restore_params(folder: epath.Path, abstract: Params) -> Params:
                         f"{folder}: {'/'.join(path)} holds numbers that are not finite; the files "
                         "are damaged, convert the weights again"
                     )
-                restored[path] = found[path]
+                leaf = found.pop(path)
+                restored[path] = finish("/".join(path), leaf) if finish else leaf
+                del leaf
     return unflatten_dict({path: restored[path] for path in wanted})
 
 

@@ -8,6 +8,7 @@ field that no dataclass has, or one left unset, is an error that names it.
 from __future__ import annotations
 
 import ast
+import copy
 import dataclasses
 import json
 import math
@@ -27,6 +28,9 @@ from deevisum_jax.typing import INPUTS, RESIZES
 
 FROM_SCRATCH = "from_scratch"
 
+# Of multi-stage distillation, in order: each may learn from those before it.
+STAGES = ("teacher", "mentor", "student")
+
 # Which values a field may have, in words and as a test; None is not tested.
 _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     ("above 0", lambda value: value > 0, (
@@ -34,10 +38,14 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
         "data.num_frames", "data.segment_s", "data.cache_mib", "data.num_threads",
         "model.image_size", "optim.learning_rate", "optim.clip_norm", "optim.accumulate_steps",
         "checkpoint.every_steps", "checkpoint.keep", "eval.every_steps", "eval.batch_size",
+        "model.lora.alpha", "model.lora.tile", "distill.temperature", "distill.top_k",
     )),
     ("at least 0", lambda value: value >= 0, (
-        "data.fold", "data.caption_len", "data.transcript_context_s", "model.final_logits_softcap",
-        "model.sliding_window", "loss.token", "loss.class_", "loss.score", "optim.weight_decay",
+        "data.fold", "data.num_annotators", "data.caption_len", "data.transcript_context_s",
+        "model.final_logits_softcap",
+        "model.sliding_window", "model.lora.rank", "loss.token", "loss.class_", "loss.score",
+        "optim.weight_decay", "distill.phi", "distill.psi", "distill.class_", "distill.score",
+        "distill.token", "distill.hidden", "distill.exits",
     )),
     ("above 0 and at most 1", lambda value: 0 < value <= 1, ("data.label_fraction", "eval.budget")),
     ("at least 0 and at most 1", lambda value: 0 <= value <= 1, ("optim.end_fraction",)),
@@ -49,7 +57,13 @@ _CHOICES = {
     "eval.f1": ("avg", "max"),
     "eval.correlation": ("tvsum_per_annotator", "summe_binary_summary", "summe_scores"),
     "eval.shots": ("data_set", "kts"),
+    "distill.direction": ("teacher_first", "student_first"),
+    "distill.positions": ("suffix", "all"),
+    "distill.source": ("cache", "online"),
 }
+
+_LORA_TOWERS = ("llm", "img")
+_LORA_BASES = ("int8", "nf4")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,9 +94,26 @@ class DataConfig:
     augment: bool = False  # crop, mirror and tint pictures in training
     segment_s: float = 2.0  # seconds per segment
     label_fraction: float = 0.25  # share of a video's segments labelled as summary
+    # The first so many of a video's annotators are trained on; 0 = all. Validation and test ask
+    # all of them.
+    num_annotators: int = 0
     left_out: tuple[str, ...] = ()  # of picture, text, sound: withheld in training and evaluation
     cache_mib: int = 1024  # memory for stored pictures and prompts
     num_threads: int = 2  # threads that decode
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2021), which then train alone, besides the exit heads."""
+
+    rank: int = 0  # 0 = none: every parameter trains that optim.frozen does not name
+    alpha: float = 8.0  # what an adapter adds is scaled by alpha / rank
+    # llm: q, k, v, o, gate, up and down of every layer; img: SigLIP's q, k and v.
+    towers: tuple[str, ...] = ("llm",)
+    # How the language model's matrices, which stay as they are, are stored: int8 or nf4 (QLoRA,
+    # Dettmers et al. 2023); None = in model.param_dtype.
+    base: str | None = None
+    tile: int = 64  # numbers that share one scale, of `base`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,6 +132,7 @@ class ModelConfig:
     image_size: int | None = None  # pixels; position embeddings are resampled to it
     final_logits_softcap: float | None = None  # 0 = none, as big_vision; 30 = as Hugging Face
     sliding_window: int | None = None  # tokens, of layers 0, 2, 4 ...; 0 = all layers are global
+    lora: LoraConfig = LoraConfig()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,6 +143,32 @@ class LossConfig:
     class_: float = 1.0  # cross-entropy of the exits' summary heads, weighted over exits
     score: float = 1.0  # cross-entropy of the exits' importance scores
     exit_weights: tuple[float, ...] | None = None  # one per exit, normalised; None = its depth
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """What a stage learns from those before it, which are frozen (DEEVISum, distillation).
+
+    A mentor's loss is CE + phi KL(teacher), a student's CE + phi KL(mentor) + psi KL(teacher).
+    """
+
+    phi: float = 0.0  # weight of the stage right before this one
+    psi: float = 0.0  # weight of the one before that
+    source: str = "online"  # teachers run beside the student (online), or ran before it (cache)
+    folder: str = ""  # where teacher/ and mentor/ are, trained; "" = in the workdir
+    direction: str = "teacher_first"  # KL(teacher || student), or student_first
+    temperature: float = 2.0  # T, of both; the KL is multiplied by its square
+    # Weights of the parts; each teacher's deepest exit teaches every exit.
+    class_: float = 1.0  # the summary heads' two classes
+    score: float = 1.0  # the importance score, as a probability
+    token: float = 1.0  # tokens, over top_k of them and the rest as one
+    hidden: float = 0.0  # hidden states at the last prefix position, through a learned projection
+    positions: str = "suffix"  # of the token part: suffix, or all real tokens of the text
+    top_k: int = 64  # the teacher's likeliest tokens; at most the vocabulary less one
+    # Rows (own layer, layer of the stage right before, layer of the one before that), counted from
+    # 1; empty: every exit, and the layers at its share of the depth.
+    layer_map: tuple[tuple[int, ...], ...] = ()
+    exits: float = 0.0  # weight of the KL from the deepest exit to those before it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,7 +233,11 @@ class Config:
     log_every: int = 50  # steps
     data: DataConfig
     model: ModelConfig
+    # Of STAGES: those that the file describes, and which of them this is. None: trained by itself.
+    stages: tuple[str, ...] = ()
+    stage: str = ""
     loss: LossConfig = LossConfig()
+    distill: DistillConfig = DistillConfig()
     optim: OptimConfig
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -232,24 +294,73 @@ class Config:
         for name, choices in _CHOICES.items():
             if values[name] not in choices:
                 raise UserError(f"{name}={values[name]!r}; {closest(values[name], choices)}")
+        self._check_lora()
+        self._check_layer_map()
+
+    @property
+    def teachers(self) -> dict[str, float]:
+        """The earlier stages that this one learns from, and the weight of each, nearest first."""
+        earlier = self.stages[: self.stages.index(self.stage)][::-1] if self.stage else ()
+        weights = zip(earlier, (self.distill.phi, self.distill.psi), strict=False)
+        return {name: weight for name, weight in weights if weight}
+
+    def _check_lora(self) -> None:
+        lora = self.model.lora
+        for tower in lora.towers:
+            if tower not in _LORA_TOWERS:
+                raise UserError(
+                    f"model.lora.towers names {tower!r}; {closest(tower, _LORA_TOWERS)}"
+                )
+        if lora.base not in (None, *_LORA_BASES):
+            raise UserError(
+                f"model.lora.base={lora.base!r}; {closest(str(lora.base), _LORA_BASES)}"
+            )
+        if lora.rank and not lora.towers:
+            raise UserError("model.lora.towers is empty; name llm, or set model.lora.rank=0")
+        if lora.base and not lora.rank:
+            raise UserError(
+                f"model.lora.base={lora.base!r} stores matrices so that they cannot train, and "
+                "model.lora.rank=0 puts no adapters beside them; set a rank such as 8"
+            )
+
+    def _check_layer_map(self) -> None:
+        if not self.stage:
+            return
+        columns = 1 + self.stages.index(self.stage)
+        for row in self.distill.layer_map:
+            if columns > 1 and (len(row) != columns or min(row) < 1):
+                raise UserError(
+                    f"distill.layer_map: {row} must be {columns} layers, counted from 1: the "
+                    f"{self.stage}'s own, and one of each stage that it may learn from, nearest "
+                    "first"
+                )
 
 
 def from_config_dict(values: ml_collections.ConfigDict) -> Config:
-    """The checked `Config` of a `configs/*.py` file.
+    """The checked `Config` of a `configs/*.py` file; of several stages the last one's.
 
     Raises:
       UserError: a field that does not exist (names the closest), is missing or has a wrong type.
     """
-    return _build(Config, values.to_dict(), "")
+    return _stages(values.to_dict(), ())[-1]
 
 
 def from_file(path: str, overrides: Sequence[str] = ()) -> Config:
-    """The config that `get_config()` of a Python file returns, with overrides applied.
+    """The config of the stage that `stage` names, or of the last one; as `stages_from_file`."""
+    return stages_from_file(path, overrides)[-1]
+
+
+def stages_from_file(path: str, overrides: Sequence[str] = ()) -> tuple[Config, ...]:
+    """The configs that `get_config()` of a Python file describes, in the order they are trained in.
+
+    A file without `stages` describes one. With `stages`, `{"teacher": {...}, "student": {...}}`,
+    each of them is the file's own fields with the stage's in their place. `stage` leaves one.
 
     Args:
       path: a file such as `configs/quickstart.py`.
       overrides: `field.of.group=value`, values as Python literals (`1e-4`, `(2, 4)`, `None`) or
-        else plain text. (`ml_collections.config_flags` would read `sys.argv` behind our back.)
+        else plain text; for every stage, or as `stages.mentor.field=value` for one of them.
+        (`ml_collections.config_flags` would read `sys.argv` behind our back.)
 
     Raises:
       UserError: the file cannot be run, or as `from_config_dict`.
@@ -264,18 +375,78 @@ def from_file(path: str, overrides: Sequence[str] = ()) -> Config:
             f"config file {path} gives no config: {type(error).__name__}: {error}; it must define "
             "get_config() that returns an ml_collections.ConfigDict"
         ) from error
+    parsed = []
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals:
             raise UserError(f"override {override!r} has no value; write --config.{name}=VALUE")
-        *groups, leaf = name.split(".")
-        group = values
-        for part in groups:
-            group = group.setdefault(part, {})
-            if not isinstance(group, dict):
-                raise UserError(f"config field {name} does not exist: {part} is no group of fields")
-        group[leaf] = _literal(text)
-    return from_config_dict(ml_collections.ConfigDict(values))
+        parsed.append((name, _literal(text)))
+    return _stages(values, parsed)
+
+
+def described_stages(path: str, overrides: Sequence[str] = ()) -> tuple[Config, ...]:
+    """As `stages_from_file`, all of them, also where `stage` asks for one."""
+    return stages_from_file(path, [o for o in overrides if not o.startswith("stage=")])
+
+
+def _stages(values: dict[str, Any], overrides: Sequence[tuple[str, Any]]) -> tuple[Config, ...]:
+    # Of all stages first: what is said of one comes after it.
+    ordered = sorted(overrides, key=lambda override: override[0].startswith("stages."))
+    described = values.pop("stages", {})
+    if not described:
+        for name, value in ordered:
+            _override(values, name, value)
+        if values.get("stage"):
+            raise UserError(
+                f"stage={values['stage']!r}: the config describes no stages; leave it out"
+            )
+        return (_build(Config, values, ""),)
+    for name in described:
+        if name not in STAGES:
+            raise UserError(f"config field stages.{name} is no stage; {closest(name, STAGES)}")
+    present = tuple(name for name in STAGES if name in described)
+    made = []
+    for stage in present:
+        own = _merged(values, described[stage])
+        for name, value in ordered:
+            group, _, rest = name.partition(".")
+            if group == "stages":
+                of, _, rest = rest.partition(".")
+                if of not in present:
+                    raise UserError(f"override {name}: {closest(of, present)}")
+                if rest in ("", "stage", "stages"):
+                    raise UserError(f"override {name} names no field of a stage")
+                if of == stage:
+                    _override(own, rest, value)
+            else:
+                _override(own, name, value)
+        asked = own.pop("stage", "")
+        if asked and asked not in present:
+            raise UserError(f"stage={asked!r}; {closest(str(asked), present)}")
+        if asked in ("", stage):
+            made.append(_build(Config, own | {"stage": stage, "stages": present}, ""))
+    return tuple(made)
+
+
+def _merged(values: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with `own` in their place, group by group; neither is changed."""
+    both = copy.deepcopy(dict(values))
+    for name, value in own.items():
+        old = both.get(name)
+        both[name] = (
+            _merged(old, value) if isinstance(old, dict) and isinstance(value, Mapping) else value
+        )
+    return both
+
+
+def _override(values: dict[str, Any], name: str, value: Any) -> None:
+    *groups, leaf = name.split(".")
+    group = values
+    for part in groups:
+        group = group.setdefault(part, {})
+        if not isinstance(group, dict):
+            raise UserError(f"config field {name} does not exist: {part} is no group of fields")
+    group[leaf] = value
 
 
 def _literal(text: str) -> Any:

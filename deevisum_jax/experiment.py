@@ -85,6 +85,7 @@ def model_config(config: Config, tokens: Tokenizer | None = None) -> paligemma2.
         dtype=config.model.dtype,
         param_dtype=config.model.param_dtype,
         remat_policy=config.model.remat_policy,
+        lora=config.model.lora,
     )
     if made.exit_layers[-1] != made.llm.depth:
         raise UserError(
@@ -136,6 +137,7 @@ def make_source(
         encoder,
         segment_s=config.data.segment_s,
         label_fraction=config.data.label_fraction,
+        num_annotators=config.data.num_annotators,
         cache_mib=config.data.cache_mib,
         augmented=config.data.augment,
     )

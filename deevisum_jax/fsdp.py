@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from qwix import QArray
 
-from deevisum_jax import sharding
+from deevisum_jax import quantized, sharding
 from deevisum_jax.sharding import BATCH_AXES, FSDP_AXES, constrain
 from deevisum_jax.typing import Array
 
@@ -102,13 +103,14 @@ def sum_gradients(grads: Any) -> Any:
     return jax.tree.map(one, grads, param_specs(grads))
 
 
-def matrix(weight: Array, *axes: str, dtype: Any) -> Array:
+def matrix(weight: Array | QArray, *axes: str, dtype: Any) -> Array:
     """A whole weight as a matrix, in the compute dtype; its gradient is summed and scattered.
 
     What travels has the compute dtype both ways: half the bytes of float32.
 
     Args:
-      weight: a parameter, of which each device holds a shard.
+      weight: a parameter, of which each device holds a shard. A quantised one is never
+        differentiated; `optim.split_frozen` sees to it.
       *axes: logical axis of each dimension, as in `sharding.PARAM_AXES`; one is `embed`.
       dtype: of the result.
 
@@ -116,7 +118,9 @@ def matrix(weight: Array, *axes: str, dtype: Any) -> Array:
       [D, E]: `embed` in front, all other dimensions in order behind.
     """
     assert len(axes) == weight.ndim, f"{axes=} for a weight of shape {weight.shape}"
-    shard = jnp.moveaxis(weight.astype(dtype), axes.index("embed"), 0)
+    is_coded = isinstance(weight, QArray)
+    shard = quantized.decode(weight, dtype) if is_coded else weight.astype(dtype)
+    shard = jnp.moveaxis(shard, axes.index("embed"), 0)
     return _gather(shard.reshape(shard.shape[0], -1))
 
 

@@ -12,13 +12,16 @@ import functools
 import json
 import os
 import re
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
+from qwix import QArray
 
-from deevisum_jax import checkpoints, distributed, runs
+from deevisum_jax import checkpoints, distributed, optim, runs, sharding
 from deevisum_jax import config as config_lib
 from deevisum_jax.config import Config
 from deevisum_jax.convert import released, safetensors
@@ -29,7 +32,7 @@ from deevisum_jax.data import tokenizer
 from deevisum_jax.data.tokenizer import Tokenizer
 from deevisum_jax.errors import UserError
 from deevisum_jax.files import exists, locate, read_json, write_whole
-from deevisum_jax.models import paligemma2
+from deevisum_jax.models import lora, paligemma2
 from deevisum_jax.models.paligemma2 import PaliGemma2Config, Params
 from deevisum_jax.models.pytree import DTYPES
 from deevisum_jax.runs import Settings, own_settings, settings_of, with_settings
@@ -41,6 +44,9 @@ PARAMS_FOLDER = "params"
 REPORT_FILE = "report.json"
 
 _FORMAT = 1  # of WEIGHTS_FILE
+
+# What is made of each parameter, given its path, as soon as it is read; None = nothing else.
+_Finish = Callable[[str, jax.Array], Any] | None
 
 
 class Start(Protocol):
@@ -61,7 +67,8 @@ class Start(Protocol):
           vocab_size: of the model with the run's tokenizer; None if there is none yet.
 
         Raises:
-          UserError: another variant, other exits, or another vocabulary.
+          UserError: another variant, other exits, another vocabulary, or adapters over quantised
+            weights that cannot be taken over.
         """
 
     def tokenizer(self) -> Tokenizer | None:
@@ -69,6 +76,10 @@ class Start(Protocol):
 
     def load(self, config: PaliGemma2Config, abstract: Params, key: jax.Array) -> Params:
         """All parameters of the model.
+
+        The adapters of a model that has some are fresh, and change nothing yet; those of a run that
+        had the same go on. A run's other adapters are added to its weights. What is quantised is so
+        as soon as it is read, matrix by matrix; of a run, behind reading all of it.
 
         Args:
           config: of the model.
@@ -206,6 +217,7 @@ class FromRun:
         """As `Start.check`."""
         self.check_variant(config)
         _check_exits(config, self.config.model.exit_layers)
+        self._check_lora(config)
         size = self.settings.image_size
         if config.model.image_size not in (None, size):
             raise UserError(
@@ -220,9 +232,42 @@ class FromRun:
         return tokenizer.load_tokenizer(self.folder / runs.TOKENIZER_FILE)
 
     def load(self, config: PaliGemma2Config, abstract: Params, key: jax.Array) -> Params:
-        """As `Start.load`; nothing is drawn."""
+        """As `Start.load`; nothing but adapters is drawn."""
+        if lora.meaning(self.config.model.lora) == lora.meaning(config.lora):
+            return self._restore(optim.of_model(abstract))
+        return _load(self._read_merged, config, abstract, key)
+
+    def _restore(self, abstract: Params) -> Params:
         with checkpoints.Checkpoints(self.folder / runs.CHECKPOINT_FOLDER) as saved:
             return saved.restore_params(saved.best_step, abstract)
+
+    def _read_merged(self, config: PaliGemma2Config, abstract: Params, finish: _Finish) -> Params:
+        """All of it first, since its checksums are of all; each leaf is let go when it is made."""
+        own = dataclasses.replace(config, lora=self.config.model.lora)
+        stored = abstract
+        if own.lora is not None:
+            shapes = paligemma2.abstract_params(own)
+            mesh = jax.tree.leaves(abstract)[0].sharding.mesh
+            stored = sharding.abstract(shapes, sharding.param_shardings(shapes, mesh))
+        left, params = _flat(self._restore(stored)), {}
+        for path, leaf in _flat(abstract).items():
+            part = {name: left.pop(name) for name in (path, *lora.beside(path)) if name in left}
+            params[path] = _plain(part, path, own, leaf)
+            if finish:
+                params[path] = finish(path, params[path])
+        return unflatten_dict(params, sep="/")
+
+    def _check_lora(self, config: Config) -> None:
+        own, wanted = self.config.model.lora, config.model.lora
+        if own.rank and own.base and wanted.base and lora.meaning(own) != lora.meaning(wanted):
+            raise UserError(
+                f"initialization={config.initialization!r} learned adapters over weights stored as "
+                f"{own.base}. To go on with them, set its own model.lora (rank={own.rank}, alpha="
+                f"{own.alpha}, towers={own.towers}, base={own.base!r}, tile={own.tile}). To begin "
+                "new ones they must be added to the weights, and rounding the sum to model.lora."
+                f"base={wanted.base!r} would lose much of what they learned; set model.lora."
+                "base=None"
+            )
 
     def vocab_padding(self, config: PaliGemma2Config) -> np.ndarray | None:
         """As `Start.vocab_padding`."""
@@ -279,8 +324,12 @@ class FromReleased:
 
     def load(self, config: PaliGemma2Config, abstract: Params, key: jax.Array) -> Params:
         """As `Start.load`."""
-        params = self.checkpoint.fill(config, abstract)
-        return params if "exits" in params else params | _fresh_exits(config, abstract, key)
+
+        def read(config: PaliGemma2Config, abstract: Params, finish: _Finish) -> Params:
+            params = self.checkpoint.fill(config, abstract, finish)
+            return params if "exits" in params else params | _draw(_is_exit, config, abstract, key)
+
+        return _load(read, config, abstract, key)
 
     def vocab_padding(self, config: PaliGemma2Config) -> np.ndarray | None:
         """As `Start.vocab_padding`."""
@@ -387,9 +436,13 @@ class FromWeights:
                 f"{self.folder / PARAMS_FOLDER / differing[0][0]} is missing, cut off or too much; "
                 "copy the folder again, or convert the weights again"
             )
-        towers = {name: abstract[name] for name in ("img", "llm")}
-        params = checkpoints.restore_params(self.folder / PARAMS_FOLDER, towers)
-        return params | _fresh_exits(config, abstract, key)
+
+        def read(config: PaliGemma2Config, abstract: Params, finish: _Finish) -> Params:
+            towers = {name: abstract[name] for name in ("img", "llm")}
+            params = checkpoints.restore_params(self.folder / PARAMS_FOLDER, towers, finish)
+            return params | _draw(_is_exit, config, abstract, key)
+
+        return _load(read, config, abstract, key)
 
     def vocab_padding(self, config: PaliGemma2Config) -> np.ndarray | None:
         """As `Start.vocab_padding`."""
@@ -508,13 +561,77 @@ def _demand_vocab_size(config: Config, found: int | None) -> int:
     return found
 
 
-def _fresh_exits(config: PaliGemma2Config, abstract: Params, key: jax.Array) -> Params:
-    """`{"exits": ...}`, drawn where they are to live; nothing for a model without."""
-    if not config.exit_layers:
-        return {}
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract["exits"])
-    # The compiler drops the rest of the model.
-    draw = jax.jit(
-        lambda key: paligemma2.init_params(config, key)["exits"], out_shardings=shardings
+def _load(
+    read: Callable[[PaliGemma2Config, Params, _Finish], Params],
+    config: PaliGemma2Config,
+    abstract: Params,
+    key: jax.Array,
+) -> Params:
+    """What `read` gives of the model without adapters, made into the model.
+
+    Of a quantised model its matrices are made codes while they are read, one by one: a model in 4
+    bits need not fit on its devices, or into the host's memory, as numbers.
+    """
+    abstract = optim.of_model(abstract)
+    if config.lora is None:
+        return read(config, abstract, None)
+    wanted = _flat(abstract)
+
+    def finish(path: str, leaf: jax.Array) -> Any:
+        if not isinstance(wanted.get(path), QArray):
+            return leaf
+        fit = jax.jit(
+            lambda leaf: _flat(lora.quantize(unflatten_dict({path: leaf}, sep="/"), config.lora)),
+            out_shardings={path: jax.tree.map(lambda array: array.sharding, wanted[path])},
+        )
+        # Before the next is read.
+        return jax.block_until_ready(fit(leaf))[path]
+
+    plain = lora.base_of(abstract, config.param_dtype)
+    params = read(paligemma2.without_lora(config), plain, finish if config.lora.base else None)
+    adapters = _draw(lora.is_adapter, config, abstract, key)
+    return unflatten_dict(_flat(params) | _flat(adapters), sep="/")
+
+
+def _plain(
+    part: Params, path: str, config: PaliGemma2Config, leaf: jax.ShapeDtypeStruct
+) -> jax.Array:
+    """A weight with its adapter, if it has one, as the model without has it.
+
+    Args:
+      part: the weight and what is beside it, by path.
+      path: of the weight.
+      config: of the model with adapters.
+      leaf: what is wanted.
+    """
+    if len(part) == 1 and not isinstance(part[path], QArray):
+        return part[path]
+    merge = functools.partial(lora.merge, config=config.lora, dtype=config.param_dtype)
+    fit = jax.jit(
+        lambda part: _flat(merge(unflatten_dict(part, sep="/")))[path], out_shardings=leaf.sharding
     )
-    return {"exits": draw(key)}
+    return fit(part)
+
+
+def _draw(
+    wanted: Callable[[str], bool], config: PaliGemma2Config, abstract: Params, key: jax.Array
+) -> Params:
+    """Fresh parameters of those paths, drawn where they are to live."""
+
+    def pick(params: Params) -> dict[str, Any]:
+        return {path: leaf for path, leaf in _flat(params).items() if wanted(path)}
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, pick(abstract))
+    if not shardings:
+        return {}
+    # The compiler drops the rest of the model.
+    draw = jax.jit(lambda key: pick(paligemma2.init_params(config, key)), out_shardings=shardings)
+    return unflatten_dict(draw(key), sep="/")
+
+
+def _is_exit(path: str) -> bool:
+    return path.startswith("exits/")
+
+
+def _flat(params: Params) -> dict[str, Any]:
+    return flatten_dict(params, sep="/")

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from deevisum_jax import fsdp
+from deevisum_jax.config import LossConfig
 from deevisum_jax.models import layers
 from deevisum_jax.typing import Array
 
@@ -62,79 +66,139 @@ def find_targets(tokens: Array, mask_loss: Array, num_targets: int) -> Targets:
     )
 
 
-def token_cross_entropy(
-    rows: Array, table: Array, targets: Targets, *, logits_softcap: float = 0.0
-) -> Total:
-    """Cross-entropy of the tokens at `targets.positions` over the whole vocabulary, in nats.
+def token_log_probs(
+    rows: Array,
+    table: Array,
+    tokens: Array,
+    chosen: Sequence[Array] = (),
+    *,
+    temperature: float = 1.0,
+    logits_softcap: float = 0.0,
+) -> tuple[Array, tuple[Array, ...]]:
+    """What a model says of its targets, and of tokens that others chose, over the whole vocabulary.
 
-    Logits are made for a few rows at a time and once more on the way back: never for all rows in
-    float32, and inside of `fsdp.per_device` each device makes those of its part of the vocabulary.
+    Logits are made once for all that is asked: for a few rows at a time and once more on the way
+    back, never for all rows in float32, and inside of `fsdp.per_device` each device makes those of
+    its part of the vocabulary.
+
+    The probability of all other tokens together is summed up over these tokens alone, since 1 minus
+    that of the chosen rounds to 0 where they have nearly all of it. By hand, for logits `[ln 2, 0,
+    0]` at temperature 1: token 0 has `ln 1/2`; chosen `[0, 1]` give `[ln 1/2, ln 1/4, ln 1/4]`.
 
     Args:
-      rows: `float[B, R, D]`, the model's output at `targets.positions`.
+      rows: `float[B, R, D]`, the model's output at the positions that predict the tokens.
       table: `float[V, D]`, the token table (this device's columns of it).
-      targets: as `find_targets` gives them.
+      tokens: `int32[B, R]`, the targets, at temperature 1.
+      chosen: `int32[B, R, K]` each, different tokens of every row, at `temperature`.
+      temperature: what capped logits are divided by for `chosen`.
       logits_softcap: cap of the logits, 0 = none.
+
+    Returns:
+      `float32[B, R]` of the targets, and of each of `chosen` `float32[B, R, K + 1]`, last all other
+      tokens together; -inf if there are no others.
     """
     B, R, D = rows.shape
-    V = table.shape[0]
-    losses = _vocab_cross_entropy(
+    of_targets, of_chosen = _vocab_log_probs(
         rows.reshape(B * R, D),
         fsdp.rows_of_columns(table, rows.dtype),
-        targets.tokens.reshape(B * R),
-        V,
+        tokens.reshape(B * R),
+        tuple(ids.reshape(B * R, -1) for ids in chosen),
+        temperature,
+        table.shape[0],
         logits_softcap,
     )
-    return _masked(losses.reshape(B, R), targets.mask)
+    return of_targets.reshape(B, R), tuple(found.reshape(B, R, -1) for found in of_chosen)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _vocab_cross_entropy(
-    rows: Array, table: Array, tokens: Array, vocab_size: int, cap: float
-) -> Array:
-    """`float[n, D]`, a device's W rows of the table `float[W, D]`, `int32[n]` -> `float32[n]`."""
-    return _vocab_cross_entropy_fwd(rows, table, tokens, vocab_size, cap)[0]
+def token_cross_entropy(log_probs: Array, mask: Array) -> Total:
+    """Cross-entropy of the targets in nats, from `float32[B, R]` of `token_log_probs`."""
+    return _masked(-log_probs, mask)
 
 
-def _vocab_cross_entropy_fwd(
-    rows: Array, table: Array, tokens: Array, vocab_size: int, cap: float
-) -> tuple[Array, Any]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _vocab_log_probs(
+    rows: Array,
+    table: Array,
+    tokens: Array,
+    chosen: tuple[Array, ...],
+    temperature: float,
+    vocab_size: int,
+    cap: float,
+) -> tuple[Array, tuple[Array, ...]]:
+    """As `token_log_probs`, of `float[n, D]`, and a device's W rows of the table `float[W, D]`."""
+    return _vocab_log_probs_fwd(rows, table, tokens, chosen, temperature, vocab_size, cap)[0]
+
+
+def _vocab_log_probs_fwd(
+    rows: Array,
+    table: Array,
+    tokens: Array,
+    chosen: tuple[Array, ...],
+    temperature: float,
+    vocab_size: int,
+    cap: float,
+) -> tuple[Any, Any]:
     first = fsdp.shard_index() * table.shape[0]
 
-    def over_shard(_: None, chunk: tuple[Array, Array]) -> tuple[None, tuple[Array, ...]]:
-        x, token = chunk
+    def over_shard(_: None, chunk: tuple[Array, ...]) -> tuple[None, Any]:
+        x, token, *asked = chunk
         logits = _vocab_logits(x, table, first, vocab_size, cap)
-        # Finite, too, where a device has nothing of the vocabulary: its sum is then 0, no NaN.
-        largest = jnp.maximum(logits.max(axis=-1), jnp.finfo(jnp.float32).min)
-        own = token - first  # place of the target, if it is among this device's
-        inside = (own >= 0) & (own < table.shape[0])
-        at_target = jnp.take_along_axis(logits, own[:, None], axis=1, mode="clip")[:, 0]
-        sums = jnp.exp(logits - largest[:, None]).sum(axis=-1)
-        return None, (largest, sums, jnp.where(inside, at_target, 0.0))
+        at_target = _own_logits(logits, (token - first)[:, None])[:, 0]
+        of_chosen = []
+        for ids in asked:
+            others = _put(logits, ids - first, -jnp.inf)
+            of_chosen.append((*_exp_sums(others / temperature), _own_logits(logits, ids - first)))
+        return None, (*_exp_sums(logits), at_target, of_chosen)
 
-    chunks = _in_chunks((fsdp.gather_rows(rows), fsdp.gather_rows(tokens)), table.shape[0])
-    _, found = jax.lax.scan(over_shard, None, chunks)
-    largest, sums, at_target = (part.reshape(-1) for part in found)
-    top = fsdp.max_over_shards(largest)
-    log_sum = top + jnp.log(fsdp.sum_over_shards(sums * jnp.exp(largest - top)))
-    losses = log_sum - fsdp.sum_over_shards(at_target)
-    own_losses = jax.lax.dynamic_slice_in_dim(
-        losses, fsdp.shard_index() * rows.shape[0], rows.shape[0]
-    )
-    return own_losses, (rows, table, tokens, log_sum)
+    gathered = tuple(fsdp.gather_rows(a) for a in (rows, tokens, *chosen))
+    _, found = jax.lax.scan(over_shard, None, _in_chunks(gathered, table.shape[0]))
+    found = jax.tree.map(lambda part: part.reshape(-1, *part.shape[2:]), found)
+    largest, sums, at_target, of_chosen = found
+    log_sum = _log_sum(largest, sums)
+    of_targets = fsdp.sum_over_shards(at_target) - log_sum
+    log_others, log_probs = [], []
+    for largest, sums, at_chosen in of_chosen:
+        log_others.append(_log_sum(largest, sums))
+        own_others = _own_rows(log_others[-1], rows.shape[0])
+        own_chosen = fsdp.scatter_rows(at_chosen) / temperature
+        log_probs.append(_with_others(own_chosen, own_others))
+    given = (_own_rows(of_targets, rows.shape[0]), tuple(log_probs))
+    return given, (rows, table, tokens, chosen, log_sum, log_others, log_probs)
 
 
-def _vocab_cross_entropy_bwd(
-    vocab_size: int, cap: float, kept: Any, grad: Array
-) -> tuple[Array, Array, None]:
-    rows, table, tokens, log_sum = kept
+def _vocab_log_probs_bwd(
+    temperature: float, vocab_size: int, cap: float, kept: Any, grads: Any
+) -> tuple[Array, Array, None, None]:
+    rows, table, tokens, chosen, log_sum, log_others, log_probs = kept
+    grad, grads_chosen = grads
     first = fsdp.shard_index() * table.shape[0]
+
+    # Of what is asked of a row: the gradient of the chosen tokens' logits, and that of the others'
+    # in units of their share among the others, both without the cap.
+    asked = []
+    for ids, others, log_prob, to_log_prob in zip(
+        chosen, log_others, log_probs, grads_chosen, strict=True
+    ):
+        all_together = to_log_prob.sum(axis=-1, keepdims=True)
+        to_outcomes = (to_log_prob - jnp.exp(log_prob) * all_together) / temperature
+        asked.append(
+            (
+                fsdp.gather_rows(ids),
+                others,
+                *map(fsdp.gather_rows, jnp.split(to_outcomes, [ids.shape[1]], axis=1)),
+            )
+        )
 
     def over_shard(to_table: Array, chunk: tuple[Array, ...]) -> tuple[Array, Array]:
-        x, token, log_sum, grad = chunk
+        x, token, log_sum, grad, *asked = chunk
         logits = _vocab_logits(x, table, first, vocab_size, cap)
         target = jnp.arange(table.shape[0]) == (token - first)[:, None]
-        to_logits = (jnp.exp(logits - log_sum[:, None]) - target) * grad[:, None]
+        to_logits = (target - jnp.exp(logits - log_sum[:, None])) * grad[:, None]
+        for ids, others, to_chosen, to_others in zip(*[iter(asked)] * 4, strict=True):
+            # Without others there is nothing to divide by; every logit is put in below.
+            others = jnp.where(jnp.isfinite(others), others, 0.0)
+            shares = jnp.exp(logits / temperature - others[:, None])
+            to_logits += _put(shares * to_others, ids - first, to_chosen)
         if cap:
             to_logits *= 1.0 - jnp.square(logits / cap)
         # A padded row's logit is -inf; its probability is 0, and 0 * inf would not be.
@@ -143,16 +207,104 @@ def _vocab_cross_entropy_bwd(
         return to_table, jnp.einsum("NW,WD->ND", to_logits, table)
 
     chunks = _in_chunks(
-        (fsdp.gather_rows(rows), fsdp.gather_rows(tokens), log_sum, fsdp.gather_rows(grad)),
+        (
+            fsdp.gather_rows(rows),
+            fsdp.gather_rows(tokens),
+            log_sum,
+            fsdp.gather_rows(grad),
+            *itertools.chain.from_iterable(asked),
+        ),
         table.shape[0],
     )
     zeros = jnp.zeros(table.shape, jnp.float32)
     to_table, to_rows = jax.lax.scan(over_shard, zeros, chunks)
     to_rows = fsdp.scatter_rows(to_rows.reshape(-1, rows.shape[1]))
-    return to_rows, to_table.astype(table.dtype), None
+    return to_rows, to_table.astype(table.dtype), None, None
 
 
-_vocab_cross_entropy.defvjp(_vocab_cross_entropy_fwd, _vocab_cross_entropy_bwd)
+_vocab_log_probs.defvjp(_vocab_log_probs_fwd, _vocab_log_probs_bwd)
+
+
+def top_tokens(
+    rows: Array, table: Array, top_k: int, *, temperature: float, logits_softcap: float = 0.0
+) -> tuple[Array, Array]:
+    """The likeliest tokens and what `token_log_probs` says of them; made to be read, not trained.
+
+    Each device finds the likeliest of its part of the vocabulary, a few rows at a time; those alone
+    travel.
+
+    Args:
+      rows: `float[B, R, D]`.
+      table: `float[V, D]` (this device's columns of it).
+      top_k: K, below V.
+      temperature: what capped logits are divided by.
+      logits_softcap: cap of the logits, 0 = none.
+
+    Returns:
+      `int32[B, R, K]`, likeliest first, and `float32[B, R, K + 1]`, last all other tokens together.
+    """
+    B, R, D = rows.shape
+    V = table.shape[0]
+    shard = fsdp.rows_of_columns(table, rows.dtype)
+    first = fsdp.shard_index() * shard.shape[0]
+
+    def over_shard(_: None, x: Array) -> tuple[None, tuple[Array, ...]]:
+        logits = _vocab_logits(x, shard, first, V, logits_softcap)
+        best, ids = jax.lax.top_k(logits, min(top_k, shard.shape[0]))
+        others = _put(logits, ids, -jnp.inf)
+        largest, sums = _exp_sums(others / temperature)
+        return None, (best, first + ids, largest[:, None], sums[:, None])
+
+    [chunks] = _in_chunks((fsdp.gather_rows(rows.reshape(B * R, D)),), shard.shape[0])
+    _, found = jax.lax.scan(over_shard, None, chunks)
+    # From all rows of a device's part of the vocabulary to the device's rows of the whole.
+    best, ids, largest, sums = (
+        fsdp.rows_of_columns(part.reshape(-1, part.shape[-1]), part.dtype) for part in found
+    )
+    chosen, places = jax.lax.top_k(best, top_k)
+    # Good enough for its part of the vocabulary, but not for the whole: one more of the others.
+    left = _put(best, places, -jnp.inf) / temperature
+    log_others = jax.nn.logsumexp(jnp.concatenate([left, largest + jnp.log(sums)], axis=1), axis=1)
+    log_probs = _with_others(chosen / temperature, log_others)
+    ids = jnp.take_along_axis(ids, places, axis=1)
+    return ids.reshape(B, R, top_k), log_probs.reshape(B, R, top_k + 1)
+
+
+def _exp_sums(logits: Array) -> tuple[Array, Array]:
+    """The largest of a device's logits `float32[N, W]`, and the sum of their exponentials to it."""
+    # Finite, too, where a device has nothing of the vocabulary: its sum is then 0, no NaN.
+    largest = jnp.maximum(logits.max(axis=-1), jnp.finfo(jnp.float32).min)
+    return largest, jnp.exp(logits - largest[:, None]).sum(axis=-1)
+
+
+def _log_sum(largest: Array, sums: Array) -> Array:
+    """The logarithm of the sum of exponentials over all devices, from each one's `_exp_sums`."""
+    top = fsdp.max_over_shards(largest)
+    return top + jnp.log(fsdp.sum_over_shards(sums * jnp.exp(largest - top)))
+
+
+def _with_others(chosen: Array, log_others: Array) -> Array:
+    """`float32[n, K + 1]` log-probabilities, from `float32[n, K]` and `float32[n]` off by a sum."""
+    outcomes = jnp.concatenate([chosen, log_others[:, None]], axis=1)
+    return outcomes - jax.nn.logsumexp(outcomes, axis=1, keepdims=True)
+
+
+def _own_rows(x: Array, rows: int) -> Array:
+    """This device's of all devices' rows."""
+    return jax.lax.dynamic_slice_in_dim(x, fsdp.shard_index() * rows, rows)
+
+
+def _own_logits(logits: Array, places: Array) -> Array:
+    """`float32[N, W]` at `int32[N, K]`; 0 outside, where another device has the token."""
+    inside = (places >= 0) & (places < logits.shape[1])
+    return jnp.where(inside, jnp.take_along_axis(logits, places, axis=1, mode="clip"), 0.0)
+
+
+def _put(logits: Array, places: Array, values: Array | float) -> Array:
+    """`float32[N, W]` with `values` at `int32[N, K]`; what is outside is left out."""
+    inside = (places >= 0) & (places < logits.shape[1])
+    places = jnp.where(inside, places, logits.shape[1])  # -1 would be the last column
+    return logits.at[jnp.arange(logits.shape[0])[:, None], places].set(values, mode="drop")
 
 
 def _vocab_logits(x: Array, table: Array, first: Array, vocab_size: int, cap: float) -> Array:
@@ -186,6 +338,85 @@ def score_cross_entropy(logits: Array, score: Array, valid: Array) -> Total:
     """
     losses = optax.sigmoid_binary_cross_entropy(logits.astype(jnp.float32), score)
     return _masked(losses, valid)
+
+
+def class_kl(
+    teacher: Array, student: Array, valid: Array, *, temperature: float, direction: str
+) -> Total:
+    """`T^2 KL` of the classes' probabilities `softmax(logits / T)`, in nats.
+
+    As Hinton et al. 2015: the factor `T^2` keeps the gradient's size for every temperature T. By
+    hand: teacher `[ln 3, 0]` and student `[0, 0]` are (3/4, 1/4) and (1/2, 1/2), so that
+    `teacher_first`, KL(teacher || student), is 3/4 ln 3/2 + 1/4 ln 1/2 at T = 1, and
+    `student_first`, KL(student || teacher), 1/2 ln 2/3 + 1/2 ln 2.
+
+    Args:
+      teacher: `float[B, C]` logits.
+      student: `float[B, C]` logits.
+      valid: `bool[B]`, 1 = counted.
+      temperature: T, of both.
+      direction: `teacher_first`, as DEEVISum's code has it, or `student_first`, as its paper.
+    """
+    teacher, student = (
+        jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
+        for logits in (teacher, student)
+    )
+    return _masked(_kl(teacher, student, temperature, direction), valid)
+
+
+def score_kl(
+    teacher: Array, student: Array, valid: Array, *, temperature: float, direction: str
+) -> Total:
+    """`class_kl` of importance scores: of the two outcomes of `sigmoid(logit / T)`, `float[B]`."""
+    teacher, student = (
+        jnp.stack([logit, jnp.zeros_like(logit)], -1) for logit in (teacher, student)
+    )
+    return class_kl(teacher, student, valid, temperature=temperature, direction=direction)
+
+
+def token_kl(
+    teacher: Array, student: Array, mask: Array, *, temperature: float, direction: str
+) -> Total:
+    """`T^2 KL` over a teacher's likeliest tokens and, as one more outcome, all others.
+
+    Joining outcomes can only take from a KL (Cover and Thomas 2006, section 2.8): this is a lower
+    bound of the KL over the whole vocabulary, and equal to it for K = V - 1.
+
+    Args:
+      teacher: `float32[B, R, K + 1]` log-probabilities at temperature T, of `top_tokens`.
+      student: the same of the same tokens, of `token_log_probs`.
+      mask: `bool[B, R]`, 1 = counted.
+      temperature: T, of both.
+      direction: as `class_kl`.
+    """
+    return _masked(_kl(teacher, student, temperature, direction), mask)
+
+
+def hidden_distance(teacher: Array, student: Array, valid: Array) -> Total:
+    """Mean squared difference of two vectors `float[B, D]`, each divided by its root mean square.
+
+    That is `2 (1 - cosine)`: 0 for the same direction, 2 for a right angle, 4 for the opposite.
+    What a norm in front of the next layer takes away is not compared.
+    """
+    teacher, student = (
+        layers.rms_norm(x.astype(jnp.float32), jnp.zeros(x.shape[-1])) for x in (teacher, student)
+    )
+    return _masked(jnp.mean(jnp.square(teacher - student), axis=-1), valid)
+
+
+def exit_weights(config: LossConfig, exit_layers: tuple[int, ...]) -> np.ndarray:
+    """`float32[X]`, sums to 1. By default an exit weighs as its depth, so the deepest leads."""
+    weights = np.asarray(config.exit_weights or exit_layers, np.float32)
+    return weights / weights.sum()
+
+
+def _kl(teacher: Array, student: Array, temperature: float, direction: str) -> Array:
+    """`T^2 KL` along the last axis, of log-probabilities."""
+    p, q = {"teacher_first": (teacher, student), "student_first": (student, teacher)}[direction]
+    # An outcome that cannot be adds nothing; -inf - -inf would, and so would its gradient.
+    possible = jnp.isfinite(p)
+    p, q = jnp.where(possible, p, 0.0), jnp.where(possible, q, 0.0)
+    return temperature**2 * jnp.sum(jnp.where(possible, jnp.exp(p) * (p - q), 0.0), axis=-1)
 
 
 def _masked(losses: Array, mask: Array) -> Total:

@@ -32,6 +32,7 @@ from deevisum_jax import (
     preemption,
     runs,
     sharding,
+    stages,
     train_step,
     training,
     training_log,
@@ -39,6 +40,7 @@ from deevisum_jax import (
 from deevisum_jax import config as config_lib
 from deevisum_jax.config import Config
 from deevisum_jax.data import pipeline
+from deevisum_jax.distill import cache, objective, teachers
 from deevisum_jax.errors import PreemptedError, UserError, exits_cleanly
 from deevisum_jax.files import locate, write_whole
 from deevisum_jax.inference import scoring
@@ -53,9 +55,16 @@ examples:
   python -m deevisum_jax.main --config configs/quickstart.py --workdir runs/lower_rate \\
       --config.optim.learning_rate=3e-4 --config.total_steps=500
   python -m deevisum_jax.main --config configs/tvsum.py --mode evaluate --predictions a.json b.npz
+  python -m deevisum_jax.main --config configs/tvsum_mskd.py --workdir DIR --config.stage=teacher
+  python -m deevisum_jax.main --config configs/tvsum_mskd.py --workdir DIR --config.stage=teacher \\
+      --mode cache_teacher
 
 The same command again resumes a run that was stopped. deevisum_jax/config.py explains every field.
 DIR may be in a bucket (gs://...). With several processes, each is given the same command.
+
+A config of several stages trains teacher, mentor and student in this order, each but the student in
+a folder of its name in DIR; what is finished is not trained again. --config.stage=NAME is one of
+them alone. --config.FIELD=VALUE holds for all, --config.stages.NAME.FIELD=VALUE for one.
 
 what DIR gets:
   report.html     a page to look at: the student beside people and baselines, exit by exit
@@ -76,34 +85,79 @@ interrupted.
 @distributed.ends_together
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    args, config = parse(argv)
+    args, configs = parse(argv)
     # Orbax warns of much that is as it should be.
     absl.logging.set_verbosity(absl.logging.ERROR)
     if args.predictions:
         # ---- Anybody's predictions: no model, no device, no other process ----
-        evaluator.run(config, args.predictions, locate(args.workdir) if args.workdir else None)
+        folder = locate(args.workdir) if args.workdir else None
+        evaluator.run(configs[-1], args.predictions, folder)
         return 0
     distributed.initialize(args)
     with preemption.Notice() as notice:
         command = {"mode": args.mode, "workdir": args.workdir}
-        command["config"] = dataclasses.asdict(config)
+        command["configs"] = [dataclasses.asdict(config) for config in (*configs, *args.stages)]
         distributed.check_same("command", json.dumps(command))
         workdir = locate(args.workdir)
-        config, start = initialization.settle(config, workdir)
-        if args.mode == "train":
-            runs.claim(workdir, config)
-        else:
-            runs.check(workdir, config)
-        with jax.set_mesh(sharding.make_mesh(**dataclasses.asdict(config.mesh))):
-            run = Run(config, workdir, start, notice)
-            if args.mode == "train":
-                run.train()
-            run.evaluate()
+        # ---- Stages: teacher, mentor, student; or the one that is asked for ----
+        for config in stages.needed(configs) if args.mode == "train" else configs[-1:]:
+            with jax.set_mesh(sharding.make_mesh(**dataclasses.asdict(config.mesh))):
+                _do(args.mode, config, configs, args.stages, workdir, notice)
     return 0
 
 
-def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Config]:
-    """Flags, and the config with its overrides."""
+def _do(
+    mode: str,
+    config: Config,
+    asked_for: Sequence[Config],
+    all_stages: Sequence[Config],
+    workdir: epath.Path,
+    notice: preemption.Notice,
+) -> None:
+    """One stage, or a run of none, on the current mesh.
+
+    Args:
+      mode: as `--mode`.
+      config: of the stage.
+      asked_for: the stages of this command.
+      all_stages: those that the config describes.
+      workdir: of all of them.
+      notice: tells when to stop.
+    """
+    folder, is_last = stages.folder_of(config, workdir), config.stage == asked_for[-1].stage
+    finished = stages.is_finished(folder)
+    trains = mode == "train" and not finished
+    # What others learn from is not evaluated again; what is asked for by itself is.
+    evaluates = trains or (mode != "cache_teacher" and is_last)
+    config, start = initialization.settle(config, folder)
+    if mode == "train" and evaluates:
+        runs.claim(folder, config)
+    else:
+        runs.check(folder, config)
+    if mode == "cache_teacher" and not finished:
+        raise UserError(
+            f"the {config.stage} in {folder} is not trained to its end, and what it says would "
+            "change; first give the same command without --mode"
+        )
+    learners = stages.learners_of(config, all_stages if mode == "cache_teacher" else asked_for)
+    if mode != "cache_teacher":
+        learners = [learner for learner in learners if learner.distill.source == "cache"]
+    if not (evaluates or learners):
+        return
+    earlier = stages.open_teachers(config, workdir) if trains else None
+    run = Run(config, folder, start, notice, earlier)
+    if trains:
+        run.train()
+    if evaluates:
+        run.evaluate()
+    if learners and mode != "evaluate":
+        run.cache_outputs(learners, all_stages)
+    if not is_last and notice.reached():
+        raise PreemptedError(f"the {config.stage} is done and saved")
+
+
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, tuple[Config, ...]]:
+    """Flags, and the config of every stage with its overrides."""
     parser = argparse.ArgumentParser(
         prog="python -m deevisum_jax.main",
         description="Trains an early-exit PaliGemma 2 to summarize video, then evaluates it.",
@@ -115,9 +169,11 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Config]:
     parser.add_argument("--workdir", metavar="DIR", help="where the run lives")
     parser.add_argument(
         "--mode",
-        choices=("train", "evaluate"),
+        choices=("train", "evaluate", "cache_teacher"),
         default="train",
-        help="train: train what is missing, then evaluate (default); evaluate: the best checkpoint",
+        help="train: train what is missing, then evaluate (default); evaluate: the best "
+        "checkpoint; cache_teacher: write down what a trained stage says of every training "
+        "example, for those that learn from it",
     )
     parser.add_argument(
         "--predictions",
@@ -148,7 +204,16 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Config]:
     if not args.predictions and not args.workdir:
         parser.error("the following arguments are required: --workdir")
     overrides = [flag.removeprefix("--config.") for flag in rest]
-    return args, config_lib.from_file(args.config, overrides)
+    args.stages = config_lib.described_stages(args.config, overrides)
+    configs = config_lib.stages_from_file(args.config, overrides)
+    if args.mode == "cache_teacher" and not any(
+        configs[-1].stage in learner.teachers for learner in args.stages
+    ):
+        parser.error(
+            "--mode cache_teacher is of a stage that another learns from; say which: "
+            "--config.stage=teacher"
+        )
+    return args, configs
 
 
 class Run:
@@ -160,9 +225,23 @@ class Run:
         workdir: epath.Path,
         start: initialization.Start | None,
         notice: preemption.Notice,
+        earlier: Mapping[str, stages.Earlier] | None = None,
     ) -> None:
+        """Looks at all that can be wrong before anything is trained.
+
+        Args:
+          config: with nothing left open.
+          workdir: of this run.
+          start: None from scratch, and where the run stands already.
+          notice: tells when to stop.
+          earlier: the stages that it learns from; None if it is not to be trained.
+
+        Raises:
+          UserError: what `main` tells its user.
+        """
         # ---- Mistakes that need no data to be seen: building it may take minutes ----
         self.config, self.workdir, self.start, self.notice = config, workdir, start, notice
+        self.earlier = earlier or {}
         self.protocol = evaluation.protocol_of(config.eval)
         self.mesh = jax.sharding.get_mesh()
         microbatch = config.batch_size // config.optim.accumulate_steps
@@ -174,6 +253,9 @@ class Run:
         optim.split_frozen(shapes, config.optim.frozen)
         template = experiment.make_template(config, workdir)
         given = experiment.given_tokenizer(config, workdir, start)
+        for teacher in self.earlier.values():
+            given = given or teacher.tokens  # a word is the same token to all of them
+            teacher.check(config, template, given)
         vocab_size = None
         if given is not None:
             experiment.make_encoder(config, given, template, early_config.img.image_size)
@@ -189,10 +271,19 @@ class Run:
         tokens = experiment.make_tokenizer(
             config, workdir, template, self.dataset.split("train"), given
         )
+        self.template, self.tokens = template, tokens
         self.model_config = experiment.model_config(config, tokens)
         self.make_encoder = functools.partial(
             experiment.make_encoder, config, tokens, template, self.model_config.img.image_size
         )
+
+        # ---- Distillation: what is learned of which stage ----
+        self.distill = None
+        if earlier is not None:
+            for teacher in earlier.values():
+                runs.check_data(teacher.run, self.dataset.identity)
+            models = {name: teacher.model_config for name, teacher in earlier.items()}
+            self.distill = objective.make(config, self.model_config, models)
 
         # ---- Model and optimizer: shapes and shardings before any array ----
         self.schedule = optim.make_schedule(config.optim, config.total_steps)
@@ -201,7 +292,7 @@ class Run:
         self.shardings = train_step.state_shardings(shapes, self.tx, self.mesh)
         self.abstract = sharding.abstract(shapes, self.shardings)
         self.score_fn = scoring.make_score_fn(
-            self.model_config, optim.merge(self.shardings.params, self.shardings.frozen), self.mesh
+            self.model_config, _of_model(self.shardings), self.mesh
         )
 
     def train(self) -> None:
@@ -209,9 +300,14 @@ class Run:
         config = self.config
         distributed.on_main(lambda: runs.keep_data(self.workdir, self.dataset.identity))
         # ---- Input: shuffled segments, an iterator that can be saved ----
-        encoder = self.make_encoder(captions=True)
-        records = self.dataset.split("train")
-        source = experiment.make_source(config, records, encoder)
+        records, source, num_targets = self._training_data()
+        online: dict[str, optim.Params] = {}
+        if self.distill and self.distill.teachers:
+            distributed.on_main(self._keep_teachers)
+            if self.distill.online:
+                online = self._load_teachers(source, num_targets)
+            else:
+                source = source.with_teachers(self._open_caches())
         data_iter = pipeline.train_iterator(
             source,
             batch_size=config.batch_size,
@@ -229,10 +325,15 @@ class Run:
             config.loss,
             self.tx,
             self.schedule,
-            num_targets=encoder.prompts.num_targets,
+            num_targets=num_targets,
             accumulate_steps=config.optim.accumulate_steps,
+            distill=self.distill,
         )
-        update = train_step.jit(step, self.shardings, self.mesh)
+        where = {
+            name: jax.tree.map(lambda a: a.sharding, params) for name, params in online.items()
+        }
+        compiled = train_step.jit(step, self.shardings, self.mesh, where)
+        update = (lambda state, batch: compiled(state, batch, online)) if online else compiled
         with checkpoints.Checkpoints(self._checkpoint_folder, config.checkpoint) as saved:
             # ---- State: resume > what `initialization` names > from scratch ----
             state = saved.restore_latest(self.abstract, data_iter)
@@ -252,6 +353,112 @@ class Run:
                 notice=self.notice,
             )
 
+    def cache_outputs(self, learners: Sequence[Config], configs: Sequence[Config]) -> None:
+        """Writes down what this stage, trained, says of every training example.
+
+        Args:
+          learners: those that learn from it so.
+          configs: of all stages.
+
+        Raises:
+          PreemptedError: a notice came first; what is written stays.
+          UserError: as `cache.write`.
+        """
+        records, source, num_targets = self._training_data()
+        this = stages.Earlier(self.config.stage, self.workdir)
+        missing: dict[teachers.Asked, cache.Identity] = {}
+        for learner in learners:
+            asked = stages.asked_by(learner, configs, self.tokens)[this.name]
+            identity = this.identity(
+                self.config, self.dataset.identity, self.template, self.tokens, asked
+            )
+            if not cache.is_whole(this.outputs(asked), identity):
+                missing[asked] = identity
+        if not missing:
+            return
+        with self.notice.deferred():
+            params = this.load(_of_model(self.abstract))
+            for asked, identity in missing.items():
+                answer = teachers.make_teacher_fn(
+                    self.model_config,
+                    _of_model(self.shardings),
+                    self.mesh,
+                    asked,
+                    num_targets=num_targets,
+                )
+                cache.write(
+                    this.outputs(asked),
+                    identity,
+                    functools.partial(answer, params),
+                    functools.partial(self._from, source),
+                    self.mesh,
+                    num_examples=len(source),
+                    describe=functools.partial(_describe, records, source),
+                )
+
+    def _from(self, source: pipeline.SegmentSource, first: int) -> Iterator[pipeline.Row]:
+        """Batches of all segments from one on, until a notice comes."""
+        batch_size = self.config.eval.batch_size
+        rows = distributed.own_rows(sharding.batch_sharding(self.mesh), batch_size)
+        return self._until_told(
+            pipeline.in_order(source, batch_size=batch_size, rows=rows, first=first)
+        )
+
+    def _training_data(self) -> tuple[Sequence[pipeline.Record], pipeline.SegmentSource, int]:
+        """Records and segments to train on, and the most token targets of one of them."""
+        encoder = self.make_encoder(captions=True)
+        records = self.dataset.split("train")
+        source = experiment.make_source(self.config, records, encoder)
+        return records, source, encoder.prompts.num_targets
+
+    def _keep_teachers(self) -> None:
+        weights = {name: teacher.weights for name, teacher in self.earlier.items()}
+        runs.keep_teachers(self.workdir, weights)
+
+    def _open_caches(self) -> dict[str, cache.Cache]:
+        """What every teacher said of every training example.
+
+        Raises:
+          UserError: as `cache.Cache`, or of other data, weights or prompts than now.
+        """
+        if self.config.data.augment:
+            raise UserError(
+                "data.augment changes pictures anew in every epoch, and a cache knows what its "
+                "teacher said of them as they are; set data.augment=False, or distill.source=online"
+            )
+        opened = {}
+        for teacher in self.distill.teachers:
+            earlier = self.earlier[teacher.name]
+            opened[teacher.name] = cache.Cache.open(earlier.outputs(teacher.asked), teacher.name)
+            opened[teacher.name].check(
+                earlier.identity(
+                    self.config, self.dataset.identity, self.template, self.tokens, teacher.asked
+                )
+            )
+        return opened
+
+    def _load_teachers(
+        self, source: pipeline.SegmentSource, num_targets: int
+    ) -> dict[str, optim.Params]:
+        """The parameters of the teachers that run beside the student, by name.
+
+        Raises:
+          UserError: what one says of the first batch is not finite.
+        """
+        loaded = {}
+        first = sharding.place_batch(next(self._from(source, 0)), self.mesh)
+        for teacher in self.distill.teachers:
+            earlier = self.earlier[teacher.name]
+            shapes = paligemma2.abstract_params(teacher.model_config)
+            where = sharding.param_shardings(shapes, self.mesh)
+            params = earlier.load(sharding.abstract(shapes, where))
+            answer = teachers.make_teacher_fn(
+                teacher.model_config, where, self.mesh, teacher.asked, num_targets=num_targets
+            )
+            earlier.check_finite(answer(params, first))
+            loaded[teacher.name] = params
+        return loaded
+
     def evaluate(self) -> None:
         """Holds the best checkpoint against the test split; writes report.json and report.html.
 
@@ -265,7 +472,7 @@ class Run:
         config = self.config
         with checkpoints.Checkpoints(self._checkpoint_folder) as saved:
             step = saved.best_step
-            params = saved.restore_params(step, self._abstract_params)
+            params = saved.restore_params(step, _of_model(self.abstract))
         # ---- Predictions: with everything, and with one input left out ----
         test = self._test
         full = self._predict(params, test)
@@ -306,24 +513,27 @@ class Run:
     ) -> None:
         predictions.write_npz(self.workdir / "predictions.npz", scores)
         result = evaluation.report_json(found, steps=step)
-        write_whole(self.workdir / "report.json", json.dumps(result, indent=2) + "\n")
         history = training_log.read_metrics(self.workdir / training_log.METRICS_FILE)
         report.write_run_report(
             self.workdir / "report.html",
             evaluation.report_page(found, config=self.config, history=history),
         )
+        write_whole(self.workdir / runs.REPORT_FILE, json.dumps(result, indent=2) + "\n")
         print(evaluation.table(result))
 
     @property
     def _checkpoint_folder(self) -> epath.Path:
         return self.workdir / runs.CHECKPOINT_FOLDER
 
-    @property
-    def _abstract_params(self) -> optim.Params:
-        return optim.merge(self.abstract.params, self.abstract.frozen)
-
     def _from_scratch(self, key: jax.Array) -> train_step.TrainState:
-        params = paligemma2.init_params(self.model_config, key)
+        return self._begin(paligemma2.init_params(self.model_config, key), key)
+
+    def _begin(self, params: optim.Params, key: jax.Array) -> train_step.TrainState:
+        """The state at step 0 of a model's parameters."""
+        if self.distill and self.distill.layers:
+            key = jax.random.fold_in(key, 1)  # not what the model is drawn from
+            drawn = objective.init_projections(self.distill, self.model_config, key)
+            params = params | {optim.PROJECTIONS: drawn}
         return train_step.init_state(params, self.tx, self.config.optim.frozen)
 
     def _first_state(self) -> train_step.TrainState:
@@ -337,9 +547,8 @@ class Run:
         initialization.keep(self.workdir, self.start, self.model_config)
         if self.start is None:
             return jax.jit(self._from_scratch, out_shardings=self.shardings)(key)
-        params = self.start.load(self.model_config, self._abstract_params, key)
-        begin = lambda params: train_step.init_state(params, self.tx, self.config.optim.frozen)
-        return jax.jit(begin, out_shardings=self.shardings, donate_argnums=0)(params)
+        params = self.start.load(self.model_config, _of_model(self.abstract), key)
+        return jax.jit(self._begin, out_shardings=self.shardings, donate_argnums=0)(params, key)
 
     @functools.cached_property
     def _test(self) -> Split:
@@ -375,7 +584,7 @@ class Run:
 
     def _validate(self, state: train_step.TrainState, validation: Split) -> dict[str, float]:
         """tau, rho and F1 of the deepest exit; tau chooses the best checkpoint."""
-        prediction = self._predict(optim.merge(state.params, state.frozen), validation)
+        prediction = self._predict(_of_model(state), validation)
         result = evaluation.evaluate(validation.truths, prediction, evaluation.deepest, self.config)
         return {"tau": result.tau, "rho": result.rho, "f1": result.f1}
 
@@ -386,6 +595,11 @@ class Split:
 
     truths: list[VideoGroundTruth]
     source: pipeline.SegmentSource
+
+
+def _of_model(state: train_step.TrainState) -> optim.Params:
+    """The parameters (or what stands for them) that score."""
+    return optim.of_model(optim.merge(state.params, state.frozen))
 
 
 def _describe(

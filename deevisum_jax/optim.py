@@ -10,11 +10,17 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from deevisum_jax.config import OptimConfig
 from deevisum_jax.errors import UserError
+from deevisum_jax.models import lora
 
 Params = dict[str, Any]
 
+# Among a state's parameters: what distillation trains beside the model, and is no part of it.
+PROJECTIONS = "distill"
+
 # Norms, biases and position embeddings are not decayed, whatever their rank in the stacked layout.
 _NO_DECAY = re.compile(r"(^|/)(scale|bias|pos_embedding)$")
+# What trains beside the adapters of a model that has some.
+_HEADS = ("exits/", f"{PROJECTIONS}/")
 
 
 def make_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
@@ -55,8 +61,16 @@ def _decays(params: Params) -> Params:
 def split_frozen(params: Params, patterns: tuple[str, ...]) -> tuple[Params, Params]:
     """Trainable and frozen parts of a tree of parameters, both nested as the tree is.
 
+    Of a model with adapters they train, the exit heads and the projections of distillation; the
+    weights that the adapters are for, and all others, are frozen.
+
+    Args:
+      params: arrays, abstract ones or shardings; a quantised weight is one of them.
+      patterns: regular expressions of whole paths that are frozen besides.
+
     Raises:
-      UserError: a pattern that is no regular expression or matches no parameter; nothing trains.
+      UserError: a pattern that is no regular expression or matches no parameter; nothing trains,
+        or no adapter of a tower that has some.
     """
     flat = flatten_dict(params, sep="/")
     matched: set[str] = set()
@@ -73,11 +87,27 @@ def split_frozen(params: Params, patterns: tuple[str, ...]) -> tuple[Params, Par
                 f"{next(iter(flat))}"
             )
         matched |= hits
+    every = "every parameter"
+    adapters = {path for path in flat if lora.is_adapter(path)}
+    if adapters:
+        every = "every adapter and head, and they alone train"
+        matched |= {path for path in flat if path not in adapters and not path.startswith(_HEADS)}
     if len(matched) == len(flat):
-        raise UserError("optim.frozen matches every parameter, so nothing would train; free some")
+        raise UserError(f"optim.frozen matches {every}, so nothing would train; free some")
+    for tower in sorted({path.split("/")[0] for path in adapters}):
+        if all(path in matched for path in adapters if path.startswith(f"{tower}/")):
+            raise UserError(
+                f"optim.frozen matches every adapter of {tower}, which would stay as if there were "
+                f"none; leave {tower} out of model.lora.towers, or free them"
+            )
     trainable = {path: leaf for path, leaf in flat.items() if path not in matched}
     frozen = {path: leaf for path, leaf in flat.items() if path in matched}
     return unflatten_dict(trainable, sep="/"), unflatten_dict(frozen, sep="/")
+
+
+def of_model(params: Params) -> Params:
+    """Without what is trained beside the model; of arrays, or of what stands for them."""
+    return {name: part for name, part in params.items() if name != PROJECTIONS}
 
 
 def merge(trainable: Params, frozen: Params) -> Params:

@@ -14,7 +14,7 @@ from etils import epath
 
 from deevisum_jax import checkpoints, distributed, files
 from deevisum_jax import config as config_lib
-from deevisum_jax.config import Config
+from deevisum_jax.config import STAGES, Config
 from deevisum_jax.data import prompts
 from deevisum_jax.errors import UserError
 from deevisum_jax.files import exists, in_bucket, is_shown, locate, write_whole
@@ -25,6 +25,7 @@ CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.model"
 TEMPLATE_FILE = "template.txt"
 CHECKPOINT_FOLDER = "checkpoints"
+REPORT_FILE = "report.json"  # written last
 # Rows of the token table behind the vocabulary, if the weights came from Hugging Face.
 PADDING_FILE = "vocab_padding.safetensors"
 # What the weights descend from, for whoever exports them.
@@ -32,11 +33,18 @@ ORIGIN_FILE = "origin.json"
 
 # Which videos it trains on, validates and tests with: a config says where they are, not what.
 DATA_FILE = "data.json"
+# Which weights it learns from, by stage.
+TEACHERS_FILE = "teachers.json"
 
 # What may differ between a workdir's config and the one it is resumed with: nothing that a trained
 # number depends on.
 _MAY_CHANGE = ("log_every", "checkpoint.", "eval.", "mesh.", "data.data_dir", "data.cache_mib")
-_MAY_CHANGE += ("data.num_threads", "data.manual_dir")
+_MAY_CHANGE += ("data.num_threads", "data.manual_dir", "distill.source", "distill.folder")
+
+
+_BEFORE_TRAINING = (
+    TOKENIZER_FILE, TEMPLATE_FILE, PADDING_FILE, ORIGIN_FILE, DATA_FILE, TEACHERS_FILE,
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,15 +153,20 @@ def _claim(workdir: epath.Path, config: Config) -> None:
         if exists(stored):
             if has_checkpoint(workdir):
                 _check_same(workdir, config)
-            elif _refused(workdir, config):
+            elif refused(workdir, config):
                 # It stopped before its first checkpoint, likely at a mistake now mended.
-                for name in (TOKENIZER_FILE, TEMPLATE_FILE, PADDING_FILE, ORIGIN_FILE, DATA_FILE):
+                for name in _BEFORE_TRAINING:
                     (workdir / name).unlink(missing_ok=True)
-        elif exists(workdir) and any(path.suffix != ".partial" for path in workdir.iterdir()):
+        elif exists(workdir) and any(_is_foreign(path) for path in workdir.iterdir()):
             raise UserError(
                 f"{workdir} is not empty and holds no run of ours; give --workdir a new folder"
             )
         config_lib.save(config, stored)
+
+
+def _is_foreign(path: epath.Path) -> bool:
+    """Whether it is neither half-written nor the run of an earlier stage."""
+    return path.suffix != ".partial" and path.name not in STAGES
 
 
 @contextlib.contextmanager
@@ -244,6 +257,28 @@ def check_data(workdir: epath.Path, identity: Mapping[str, Any]) -> None:
     )
 
 
+def keep_teachers(workdir: epath.Path, fingerprints: Mapping[str, str]) -> None:
+    """Notes which weights a run learns from; one that has begun goes on with the same.
+
+    Args:
+      workdir: of the run.
+      fingerprints: by stage, `Checkpoints.fingerprint`.
+
+    Raises:
+      UserError: it began with others; names them.
+    """
+    if not (has_checkpoint(workdir) and exists(workdir / TEACHERS_FILE)):
+        write_whole(workdir / TEACHERS_FILE, json.dumps(dict(fingerprints), indent=2) + "\n")
+        return
+    kept = files.read_json(workdir / TEACHERS_FILE, "give --workdir a new folder")
+    others = [name for name in fingerprints if kept.get(name) != fingerprints[name]]
+    if others:
+        raise UserError(
+            f"the run in {workdir} began with other weights of its {' and '.join(others)}; bring "
+            "them back (distill.folder), or give --workdir a new folder"
+        )
+
+
 def _others(kept: Any, given: Any) -> str:
     if isinstance(kept, list) and isinstance(given, list):
         more, gone = sorted(set(given) - set(kept)), sorted(set(kept) - set(given))
@@ -253,25 +288,29 @@ def _others(kept: Any, given: Any) -> str:
 
 
 def _check_same(workdir: epath.Path, config: Config) -> None:
-    if refused := _refused(workdir, config):
+    if differing := refused(workdir, config):
         raise UserError(
             f"{workdir} holds a run of another config; use a new --workdir, or set back "
-            + "; ".join(refused)
+            + "; ".join(differing)
+            + (" (--config.stages.NAME.FIELD=VALUE is of one stage alone)" if config.stage else "")
         )
 
 
-def _refused(workdir: epath.Path, config: Config) -> list[str]:
-    """What differs from the run in `workdir` and must not."""
+def refused(workdir: epath.Path, config: Config) -> list[str]:
+    """What differs from the run in `workdir` and must not, as `config.differences`."""
     stored = load_config(workdir)
     # What the config leaves open stays as the run began.
     changed = config_lib.differences(stored, with_settings(config, settings_of(stored)))
-    refused = [line for line in changed if not line.startswith(_MAY_CHANGE)]
+    may_change = _MAY_CHANGE
+    if not any(one.teachers or one.distill.exits for one in (stored, config)):
+        may_change += ("distill.",)  # nothing is learned so
+    found = [line for line in changed if not line.startswith(may_change)]
     # The file of a template may have been edited, or be gone, since it was copied.
     given, kept = locate(config.data.template), workdir / TEMPLATE_FILE
     there = exists(given) and exists(kept)
     if there and _template(given) != _template(kept):
-        refused.append(f"the text of data.template={config.data.template} to that of {kept}")
-    return refused
+        found.append(f"the text of data.template={config.data.template} to that of {kept}")
+    return found
 
 
 def _template(path: epath.Path) -> prompts.PromptTemplate:

@@ -23,7 +23,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from deevisum_jax.errors import UserError
-from deevisum_jax.typing import Batch
+from deevisum_jax.typing import Batch, TeacherOutputs
 
 MESH_AXES = ("data", "fsdp", "tensor")  # as a config names them
 FSDP_AXES = ("fsdp", "fsdp_y", "fsdp_z")  # as the mesh does; all but the first may be 1
@@ -50,6 +50,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "norm": (),
     "patch": (),
     "classes": (),
+    "rank": (),  # of an adapter
     # Activations. `embed` is taken by the parameters' shards, hence a name of its own.
     "batch": BATCH_AXES,
     "lookup_batch": ("data",),  # of token embeddings that are still split over fsdp
@@ -57,6 +58,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "act_embed": (),
 }
 
+_STORED = "(/(qvalue|scale))?"  # a quantised weight's codes and scales have the weight's axes
 # Path regex (whole path, "/" between names) -> logical axes, one per dimension.
 PARAM_AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"img/embedding/kernel", ("patch", "patch", "patch", "norm")),
@@ -95,11 +97,36 @@ PARAM_AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"llm/embedder/input_embedding", ("vocab", "embed")),
     (r"llm/final_norm/scale", ("norm",)),
     (r"llm/layers/(pre|post)_(attention|ffw)_norm/scale", ("layers", "norm")),
-    (r"llm/layers/attn/q_einsum/w", ("layers", "heads", "embed", "head_dim")),
-    (r"llm/layers/attn/kv_einsum/w", ("layers", "qkv", "kv_heads", "embed", "head_dim")),
-    (r"llm/layers/attn/attn_vec_einsum/w", ("layers", "heads", "head_dim", "embed")),
-    (r"llm/layers/mlp/gating_einsum", ("layers", "qkv", "embed", "mlp")),
-    (r"llm/layers/mlp/linear", ("layers", "mlp", "embed")),
+    ("llm/layers/attn/q_einsum/w" + _STORED, ("layers", "heads", "embed", "head_dim")),
+    ("llm/layers/attn/kv_einsum/w" + _STORED, ("layers", "qkv", "kv_heads", "embed", "head_dim")),
+    ("llm/layers/attn/attn_vec_einsum/w" + _STORED, ("layers", "heads", "head_dim", "embed")),
+    ("llm/layers/mlp/gating_einsum" + _STORED, ("layers", "qkv", "embed", "mlp")),
+    ("llm/layers/mlp/linear" + _STORED, ("layers", "mlp", "embed")),
+    # Adapters: the model's width is split as the weight's is, the rank never.
+    (r"llm/layers/attn/q_einsum/w_lora_a", ("layers", "embed", "rank")),
+    (r"llm/layers/attn/q_einsum/w_lora_b", ("layers", "rank", "heads", "head_dim")),
+    (
+        r"llm/layers/(attn/kv_einsum/w|mlp/gating_einsum)_lora_a",
+        ("layers", "qkv", "embed", "rank"),
+    ),
+    (r"llm/layers/attn/kv_einsum/w_lora_b", ("layers", "qkv", "rank", "kv_heads", "head_dim")),
+    (r"llm/layers/attn/attn_vec_einsum/w_lora_a", ("layers", "heads", "head_dim", "rank")),
+    (r"llm/layers/mlp/gating_einsum_lora_b", ("layers", "qkv", "rank", "mlp")),
+    (r"llm/layers/mlp/linear_lora_a", ("layers", "mlp", "rank")),
+    (
+        r"llm/layers/(attn/attn_vec_einsum/w|mlp/linear)_lora_b",
+        ("layers", "rank", "embed"),
+    ),
+    (
+        r"img/Transformer/encoderblock/attn/(query|key|value)/kernel_lora_a",
+        ("layers", "embed", "rank"),
+    ),
+    (
+        r"img/Transformer/encoderblock/attn/(query|key|value)/kernel_lora_b",
+        ("layers", "rank", "heads", "head_dim"),
+    ),
+    # From a student's hidden states to a teacher's.
+    (r"distill/(teacher|mentor)/kernel", ("exits", "norm", "norm")),
     (r"exits/norm/scale", ("exits", "norm")),
     (r"exits/(classifier|importance)/kernel", ("exits", "norm", "classes")),
     (r"exits/(classifier|importance)/bias", ("exits", "classes")),
@@ -313,14 +340,20 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(RULES["batch"]))
 
 
-def place_batch(fields: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
-    """A global `Batch` on the mesh, of this process's own rows; every process calls it."""
+def place_batch(fields: Mapping[str, Any], mesh: Mesh) -> Batch:
+    """A global `Batch` on the mesh, of this process's own rows; every process calls it.
+
+    Args:
+      fields: host arrays, as `data.pipeline` stacks them; of cached teachers by name and field.
+      mesh: where they go.
+    """
     where = batch_sharding(mesh)
+    placed = jax.tree.map(
+        lambda rows: jax.make_array_from_process_local_data(where, rows), dict(fields)
+    )
+    teachers = placed.pop("teachers", {})
     return Batch(
-        **{
-            name: jax.make_array_from_process_local_data(where, rows)
-            for name, rows in fields.items()
-        }
+        **placed, teachers={name: TeacherOutputs(**said) for name, said in teachers.items()}
     )
 
 

@@ -1,18 +1,22 @@
-"""One update as a pure function `(state, batch) -> (state, metrics)`."""
+"""One update as a pure function `(state, batch) -> (state, metrics)`.
+
+With teachers that run beside the student it is `(state, batch, their parameters)`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from deevisum_jax import fsdp, losses, optim, sharding
 from deevisum_jax.config import LossConfig
+from deevisum_jax.distill import objective, teachers
+from deevisum_jax.distill.objective import Distillation
 from deevisum_jax.models import paligemma2
 from deevisum_jax.optim import Params
 from deevisum_jax.typing import Array, Batch
@@ -61,42 +65,56 @@ def state_shardings(
     )
 
 
-def exit_weights(config: LossConfig, exit_layers: tuple[int, ...]) -> np.ndarray:
-    """`float32[X]`, sums to 1. By default an exit weighs as its depth, so the deepest leads."""
-    weights = np.asarray(config.exit_weights or exit_layers, np.float32)
-    return weights / weights.sum()
-
-
 def compute_losses(
-    model: paligemma2.PaliGemma2, batch: Batch, config: LossConfig, num_targets: int
+    model: paligemma2.PaliGemma2,
+    batch: Batch,
+    config: LossConfig,
+    num_targets: int,
+    distill: Distillation | None = None,
+    projections: Params | None = None,
 ) -> tuple[dict[str, losses.Total], dict[str, float]]:
-    """Every part of the loss and its weight, by metric name; `num_targets` as `find_targets`."""
+    """Every part of the loss and its weight, by metric name; `num_targets` as `find_targets`.
+
+    With `distill` the batch has what the teachers said; `projections` are
+    `objective.init_projections`.
+    """
     exit_layers = model.config.exit_layers
-    outputs = model(batch)
-    targets = losses.find_targets(batch.tokens, _counted(batch), num_targets)
-    # Text comes behind the image tokens, which have no target.
-    pre_logits = outputs.pre_logits[:, -batch.tokens.shape[1] :]
-    rows = jnp.take_along_axis(pre_logits, targets.positions[..., None], axis=1)
-    parts = {
-        "loss/token": losses.token_cross_entropy(
-            rows,
-            model.llm.embedder.input_embedding[...],
-            targets,
-            logits_softcap=model.config.llm.final_logits_softcap,
-        )
-    }
+    taught = distill.of_tokens if distill else ()
+    positions = distill.positions if taught else "suffix"
+    hidden = distill.layers if distill else ()
+    output = model(batch, collect=teachers.last_prefix_row(batch) if hidden else None)
+    targets = teachers.find_targets(batch, positions, num_targets)
+    # One pass over the vocabulary for all that is asked of these rows.
+    at_targets, at_chosen = losses.token_log_probs(
+        teachers.target_rows(output, targets, batch.tokens.shape[1]),
+        model.llm.embedder.input_embedding[...],
+        targets.tokens,
+        [batch.teachers[name].token_ids for name in taught],
+        temperature=distill.temperature if taught else 1.0,
+        logits_softcap=model.config.llm.final_logits_softcap,
+    )
+    mask = targets.mask
+    if positions != "suffix":
+        mask &= jnp.take_along_axis(teachers.counted(batch)[:, 1:], targets.positions, axis=1)
+    parts = {"loss/token": losses.token_cross_entropy(at_targets, mask)}
     weights = {"loss/token": config.token}
     for x, (layer, weight) in enumerate(
-        zip(exit_layers, exit_weights(config, exit_layers), strict=True)
+        zip(exit_layers, losses.exit_weights(config, exit_layers), strict=True)
     ):
         parts[f"loss/class/exit_{layer}"] = losses.class_cross_entropy(
-            outputs.exits.class_logits[x], batch.label, batch.valid
+            output.exits.class_logits[x], batch.label, batch.valid
         )
         parts[f"loss/score/exit_{layer}"] = losses.score_cross_entropy(
-            outputs.exits.importance[x], batch.score, batch.valid
+            output.exits.importance[x], batch.score, batch.valid
         )
         weights[f"loss/class/exit_{layer}"] = config.class_ * weight
         weights[f"loss/score/exit_{layer}"] = config.score * weight
+    if distill:
+        at_chosen = dict(zip(taught, at_chosen, strict=True))
+        parts |= objective.compute(
+            distill, output, at_chosen, batch, targets.mask, projections or {}
+        )
+        weights |= {part.name: part.weight for part in distill.parts}
     return parts, weights
 
 
@@ -108,26 +126,43 @@ def make_train_step(
     *,
     num_targets: int,
     accumulate_steps: int = 1,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    distill: Distillation | None = None,
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """The update, for `jit`.
 
     `num_targets` is the most tokens that the token loss counts in one example.
 
     With `accumulate_steps` > 1 the batch is worked off in that many microbatches. Each part of the
     loss is divided by its count over the *whole* batch, so the gradient is the unsplit one.
+
+    Teachers of `distill` that are online run on every microbatch; their parameters, by name, are
+    the update's third argument. What others said comes in `Batch.teachers`.
     """
 
     def loss_fn(trainable: Params, frozen: Params, batch: Batch, counts: dict[str, Array]):
-        model = paligemma2.bind(model_config, optim.merge(trainable, frozen))
-        parts, weights = compute_losses(model, batch, loss_config, num_targets)
+        params = optim.merge(trainable, frozen)
+        projections = params.pop(optim.PROJECTIONS, None)
+        model = paligemma2.bind(model_config, params)
+        parts, weights = compute_losses(
+            model, batch, loss_config, num_targets, distill, projections
+        )
         means = {name: part.sum / jnp.maximum(counts[name], 1.0) for name, part in parts.items()}
         total = sum(weights[name] * mean for name, mean in means.items())
         return total, means | {"loss/total": total}
 
-    def grads_of(params: Params, frozen: Params, batch: Batch) -> tuple[Params, Metrics]:
+    def grads_of(
+        params: Params, frozen: Params, batch: Batch, teacher_params: Mapping[str, Params]
+    ) -> tuple[Params, Metrics]:
         """Of every device's own rows, summed over devices; each keeps its shard."""
-        counts = fsdp.total(_counts(batch, model_config.exit_layers))
-        grad_fn = jax.grad(loss_fn, has_aux=True)
+        counts = fsdp.total(_counts(batch, model_config.exit_layers, distill))
+
+        def grad_fn(params, frozen, batch, counts):
+            if distill and distill.online:
+                batch = teachers.ask(
+                    distill.teachers, teacher_params, batch, num_targets=num_targets
+                )
+            return jax.grad(loss_fn, has_aux=True)(params, frozen, batch, counts)
+
         if accumulate_steps == 1:
             grads, metrics = grad_fn(params, frozen, batch, counts)
         else:
@@ -145,13 +180,17 @@ def make_train_step(
             (grads, metrics), _ = jax.lax.scan(add, zeros, microbatches)
         return fsdp.sum_gradients(grads), fsdp.total(metrics)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(
+        state: TrainState, batch: Batch, teacher_params: Mapping[str, Params] | None = None
+    ) -> tuple[TrainState, Metrics]:
+        teacher_params = teacher_params or {}
         specs = fsdp.param_specs(state.params)
+        teacher_specs = {name: fsdp.param_specs(of) for name, of in teacher_params.items()}
         grads, metrics = fsdp.per_device(
             grads_of,
-            in_specs=(specs, fsdp.param_specs(state.frozen), fsdp.BATCH_SPEC),
+            in_specs=(specs, fsdp.param_specs(state.frozen), fsdp.BATCH_SPEC, teacher_specs),
             out_specs=(specs, fsdp.WHOLE),
-        )(state.params, state.frozen, batch)
+        )(state.params, state.frozen, batch, teacher_params)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics |= {
@@ -168,38 +207,38 @@ def make_train_step(
 
 
 def jit(
-    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
+    step: Callable[..., tuple[TrainState, Metrics]],
     shardings: TrainState,
     mesh: jax.sharding.Mesh,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    teacher_shardings: Mapping[str, Any] | None = None,
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """The compiled update, which takes its state over; what a run trains with and a plan compiles.
 
     Args:
       step: of `make_train_step`.
       shardings: of `state_shardings`.
       mesh: the current one, `jax.set_mesh(mesh)`.
+      teacher_shardings: of the parameters of teachers that are online, by name; they stay theirs.
     """
+    of_teachers = (teacher_shardings,) if teacher_shardings else ()
     return jax.jit(
         step,
-        in_shardings=(shardings, sharding.batch_sharding(mesh)),
+        in_shardings=(shardings, sharding.batch_sharding(mesh), *of_teachers),
         out_shardings=(shardings, None),
         donate_argnums=0,
         compiler_options=fsdp.compiler_options(mesh),
     )
 
 
-def _counts(batch: Batch, exit_layers: tuple[int, ...]) -> dict[str, Array]:
+def _counts(
+    batch: Batch, exit_layers: tuple[int, ...], distill: Distillation | None
+) -> dict[str, Array]:
     """What each part of the loss counts in the whole batch; needs no model."""
     valid = jnp.sum(batch.valid.astype(jnp.float32))
-    counts = {"loss/token": jnp.sum(_counted(batch)[:, 1:].astype(jnp.float32))}
+    counts = {"loss/token": jnp.sum(teachers.counted(batch)[:, 1:].astype(jnp.float32))}
     for layer in exit_layers:
         counts |= {f"loss/class/exit_{layer}": valid, f"loss/score/exit_{layer}": valid}
-    return counts
-
-
-def _counted(batch: Batch) -> Array:
-    """`bool[B, T]`: tokens of the token loss; rows that fill up a batch have none."""
-    return batch.mask_loss & batch.valid[:, None]
+    return counts | (objective.counts(distill, batch) if distill else {})
 
 
 def _split(a: Array, parts: int) -> Array:

@@ -5,11 +5,13 @@ Legend (every einsum and shape comment uses these letters):
   T query positions      S key positions                   D model width          F mlp width
   N query heads          K key/value heads                 G = N / K              H head width
   V vocabulary           L layers                          X exits                U annotators
+  R token targets        Y taught layers
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -18,6 +20,22 @@ Array = jax.Array | np.ndarray
 
 INPUTS = ("picture", "text", "sound")  # what a segment is judged by
 RESIZES = ("bilinear", "bicubic")  # how pictures come to the model's size, both with antialias
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeacherOutputs:
+    """What a frozen teacher says of each segment, read at its deepest exit; None = not asked for.
+
+    A cache stores the rows of these arrays; see `deevisum_jax.distill`.
+    """
+
+    class_logits: Array  # float32[B, 2], not-summary and summary
+    importance: Array  # float32[B], logit of the importance score
+    token_ids: Array | None = None  # int32[B, R, K], the K likeliest tokens at each target
+    # float32[B, R, K + 1], at the distillation's temperature; last: all other tokens together.
+    token_log_probs: Array | None = None
+    hidden: Array | None = None  # float32[B, Y, D], taught layers at the last prefix position
 
 
 @jax.tree_util.register_dataclass
@@ -39,6 +57,8 @@ class Batch:
     video_id: Array  # int32[B], row of the video in its source
     segment: Array  # int32[B], position of the segment in its video
     valid: Array  # bool[B], 0 = padding of an unfilled batch
+    # By the name of the stage. Read from a cache, or added by `distill.teachers` within the step.
+    teachers: Mapping[str, TeacherOutputs] = dataclasses.field(default_factory=dict)
 
 
 @jax.tree_util.register_dataclass

@@ -7,25 +7,50 @@ What is read is a trained run, converted weights, or a released checkpoint. The 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
+import os
 import pathlib
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from qwix import QArray
 
-from deevisum_jax import experiment, initialization, runs, sharding
-from deevisum_jax.config import Config
-from deevisum_jax.convert import big_vision, hf_folder, huggingface, npz, safetensors
+from deevisum_jax import experiment, initialization, quantized, runs, sharding
+from deevisum_jax.config import FROM_SCRATCH, Config, LoraConfig
+from deevisum_jax.convert import (
+    big_vision,
+    hf_folder,
+    huggingface,
+    npz,
+    peft,
+    released,
+    safetensors,
+)
 from deevisum_jax.convert.released import Released
-from deevisum_jax.convert.rows import Converted, spill
+from deevisum_jax.convert.rows import Converted, Layered, spill
 from deevisum_jax.convert.tensors import Tensor, cast, named_dtype
 from deevisum_jax.data import prompts, tokenizer
 from deevisum_jax.data.tokenizer import Tokenizer
 from deevisum_jax.errors import UserError
-from deevisum_jax.files import check_local, check_room, exists, read_json, whole_folder, writing
+from deevisum_jax.files import (
+    check_local,
+    check_room,
+    exists,
+    in_bucket,
+    locate,
+    read_json,
+    whole_folder,
+    write_whole,
+    writing,
+)
 from deevisum_jax.initialization import FromReleased, FromRun, FromWeights
-from deevisum_jax.models import paligemma2
+from deevisum_jax.models import lora, paligemma2
 from deevisum_jax.models.paligemma2 import PaliGemma2Config, Params
 
 
@@ -41,12 +66,12 @@ class Source:
     run: Config | None  # None: weights that nothing of ours was trained on
 
     def num_bytes(self, dtype: str = "") -> int:
-        """What the parameters take in a file."""
+        """What the parameters take in a file, adapters merged."""
         width = named_dtype(dtype or self.config.param_dtype).itemsize
-        return paligemma2.num_params(self.config) * width
+        return paligemma2.num_params(paligemma2.without_lora(self.config)) * width
 
     def load(self) -> Params:
-        """All parameters, over all devices of this process."""
+        """All parameters, over all devices of this process; adapters beside what they adapt."""
         shapes = paligemma2.abstract_params(self.config)
         shardings = sharding.param_shardings(shapes, sharding.fitting_mesh(shapes))
         abstract = sharding.abstract(shapes, shardings)
@@ -144,6 +169,8 @@ def report_of(source: Source) -> list[Converted]:
 def export_big_vision(source: Source, out: pathlib.Path, *, dtype: str = "") -> None:
     """Writes an npz that big_vision's loader takes; exit heads have no place there.
 
+    Adapters are merged.
+
     Args:
       source: what goes out.
       out: a new file that ends in .npz.
@@ -160,7 +187,9 @@ def export_big_vision(source: Source, out: pathlib.Path, *, dtype: str = "") -> 
     if not out.absolute().parent.is_dir():
         raise UserError(f"{out.parent} is no folder; make it, or give --out a file in another")
     check_room(out, source.num_bytes(dtype))
-    tensors = spill(_towers(source.load()), big_vision.paligemma2_rows(source.config))
+    towers = _towers(_merged(source, source.load(), dtype))
+    plain = paligemma2.without_lora(source.config)
+    tensors = spill(towers, big_vision.paligemma2_rows(plain))
     with writing(out):
         npz.write_npz(out, big_vision.with_prefix(_in_dtype(tensors, dtype)))
 
@@ -174,6 +203,8 @@ def export_hf(
     title: str = "",
 ) -> None:
     """Writes a folder that transformers loads, exit heads and their PyTorch model included.
+
+    Adapters are merged.
 
     Args:
       source: what goes out.
@@ -194,7 +225,7 @@ def export_hf(
         )
     check_room(out, source.num_bytes(dtype))
     with whole_folder(out) as folder:
-        params = source.load()
+        params = _merged(source, source.load(), dtype)
         padding = source.start.vocab_padding(config)
         table_rows = hf_folder.padded_vocab(config, tokens)
         if padding is None:
@@ -234,6 +265,81 @@ def export_hf(
             )
 
 
+def export_adapter(
+    source: Source, out: pathlib.Path, *, base: str = "", dtype: str = "", title: str = ""
+) -> str:
+    """Writes the low-rank adapters of a run as a folder that PEFT loads, and its exit heads.
+
+    Args:
+      source: a run that was trained with adapters.
+      out: a folder, new or empty.
+      base: the model that they belong to, a local folder of transformers or a name on the Hub;
+        "" = what the run started from.
+      dtype: of the adapters; "" = as the parameters are.
+      title: of the model card; "" = the name of `out`.
+
+    Returns:
+      The base's path or name, as it is written.
+
+    Raises:
+      UserError: the run has no adapters; the base is not known, is another model's, or its window
+        would matter; `out` cannot be written; or what reading the parameters raises.
+    """
+    config = source.config
+    if source.run is None or config.lora is None:
+        raise UserError(
+            f"{source.path} has no adapters: it was not trained with model.lora.rank above 0; "
+            "leave --adapter out, which exports the model whole"
+        )
+    given, start = _beginning(source)
+    base = base or _own_base(source, given, start)
+    opened = _open_base(base, source)
+    if opened is None and isinstance(start, FromRun):
+        raise UserError(
+            f"--base {base} is a name on the Hub, and {source.path} started from the run "
+            f"{start.folder}, which may have other weights; {_EXPORT_FIRST}"
+        )
+    # A name stands for what the run started from, which may be at hand.
+    found = opened or (start.checkpoint if isinstance(start, FromReleased) else None)
+    softcap = _HUB_SOFTCAP
+    if found is not None and found.form == released.HUGGING_FACE:
+        softcap = found.facts.final_logits_softcap
+    with whole_folder(out) as folder:
+        params = source.load()
+        if found is not None:
+            _check_same_base(found, config, params)
+        section = _deevisum_section(source)
+        leaves = flatten_dict({name: params[name] for name in ("img", "llm")}, sep="/")
+        adapters = {path: leaf for path, leaf in leaves.items() if lora.is_adapter(path)}
+        tensors = spill(unflatten_dict(adapters, sep="/"), peft.adapter_rows(config))
+        heads = spill({"exits": params["exits"]}, huggingface.exit_rows(config))
+        gemma_terms = source.start.origin is not None
+        texts = {
+            peft.CONFIG_FILE: json.dumps(peft.adapter_config(config, base), indent=2) + "\n",
+            peft.SECTION_FILE: json.dumps(section, indent=2) + "\n",
+            hf_folder.MODELING_FILE: hf_folder.modeling_code(),
+            hf_folder.MODEL_CARD: hf_folder.adapter_card(
+                config,
+                title=title or out.resolve().name,
+                deevisum=section,
+                report=_read_report(source),
+                dataset=source.run.data.dataset,
+                base=base,
+                is_on_hub=opened is None,
+                base_softcap=softcap,
+                gemma_terms=gemma_terms,
+            ),
+        }
+        if gemma_terms:
+            texts[hf_folder.NOTICE] = hf_folder.GEMMA_NOTICE + "\n"
+        with writing(out):
+            for name, found_tensors in ((peft.ADAPTER_FILE, tensors), (peft.HEADS_FILE, heads)):
+                safetensors.write_safetensors_file(folder / name, _in_dtype(found_tensors, dtype))
+            for name, text in texts.items():
+                write_whole(folder / name, text)
+    return base
+
+
 def _demand_released(source: Source) -> Released:
     if not isinstance(source.start, FromReleased):
         raise UserError(
@@ -241,6 +347,197 @@ def _demand_released(source: Source) -> Released:
             "or export it with scripts/export_hf.py or scripts/export_big_vision.py"
         )
     return source.start.checkpoint
+
+
+def _merged(source: Source, params: Params, dtype: str) -> Params:
+    """The parameters without adapters, and with every matrix as numbers.
+
+    What an adapter or a code changes is made layer by layer when it is written: a model that was
+    held in 4 bits need not fit as numbers.
+    """
+    config = source.config
+    if config.lora is None:
+        return params
+    flat = flatten_dict(params, sep="/")
+    merged = {}
+    for path in flat:
+        if lora.is_adapter(path):
+            continue
+        own = {name: flat[name] for name in (path, *lora.beside(path)) if name in flat}
+        is_coded = isinstance(flat[path], QArray)
+        if len(own) == 1 and not is_coded:
+            merged[path] = flat[path]
+            continue
+        stored = config.param_dtype if is_coded else str(flat[path].dtype)
+        merged[path] = Layered(
+            shape=flat[path].shape,
+            dtype=named_dtype(dtype or stored),
+            layer=functools.lru_cache(maxsize=1)(
+                functools.partial(_merged_layer, own, path, config.lora, dtype or stored)
+            ),
+        )
+    return unflatten_dict(merged, sep="/")
+
+
+def _merged_layer(
+    own: Mapping[str, Any], path: str, config: LoraConfig, dtype: str, i: int
+) -> np.ndarray:
+    # Rounded once, at the end.
+    exact = lambda x: x.astype(np.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
+    layer = jax.tree.map(lambda x: exact(x[i : i + 1]), dict(own))
+    merged = lora.merge(unflatten_dict(layer, sep="/"), config, "float32")
+    return np.asarray(flatten_dict(merged, sep="/")[path][0]).astype(named_dtype(dtype))
+
+
+_EXPORT_FIRST = "export that run with scripts/export_hf.py and give --base that folder"
+
+
+def _beginning(source: Source) -> tuple[str, initialization.Start | None]:
+    """What the adapters of a run were added to first: its path, and it; None if it has moved.
+
+    Behind runs that only went on with one another's adapters. It is a run where adapters were added
+    to weights of ours, and nothing, `FROM_SCRATCH`, where they were to random ones.
+    """
+    own = lora.meaning(source.run.model.lora)
+    given, start = source.path, source.start
+    while isinstance(start, FromRun) and lora.meaning(start.config.model.lora) == own:
+        given = start.config.initialization
+        if given == FROM_SCRATCH:
+            return given, None
+        try:
+            start = initialization.open_start(given)
+        except UserError:
+            start = None
+    return given, start
+
+
+def _own_base(source: Source, given: str, start: initialization.Start | None) -> str:
+    """What the adapters of a run belong to, as transformers finds it.
+
+    Args:
+      source: the run.
+      given: from `_beginning`.
+      start: from there, too.
+
+    Raises:
+      UserError: the run does not tell.
+    """
+    advice = (
+        "give --base what the run started from, a folder of transformers or a name on the Hub such "
+        "as google/paligemma2-3b-pt-224; or leave --adapter out, which merges"
+    )
+    if isinstance(start, FromRun):
+        raise UserError(
+            f"{source.path} started from the run {start.folder}, which is no model that "
+            f"transformers loads; {_EXPORT_FIRST}"
+        )
+    if given == FROM_SCRATCH:
+        raise UserError(
+            f"{source.path} was trained from scratch, so there is no base model to add its "
+            f"adapters to; {advice}"
+        )
+    origin = source.start.origin
+    if start is None and given != origin:
+        raise UserError(f"{source.path} started from {given}, which is there no more; {advice}")
+    here = given if in_bucket(given) else os.path.abspath(given)
+    if isinstance(start, FromReleased) and start.checkpoint.deevisum is not None:
+        return here  # an export of ours, whose own origin is another model
+    if name := _base_model(origin):
+        return name
+    if isinstance(start, FromReleased) and start.checkpoint.form == released.HUGGING_FACE:
+        return here
+    raise UserError(
+        f"{source.path} started from {origin}, which transformers cannot load and whose name on "
+        f"the Hub its path does not tell; {advice}"
+    )
+
+
+# Of Google's PaliGemma 2 on the Hub.
+_HUB_SOFTCAP, _HUB_WINDOW = 30.0, 4096
+
+
+def _open_base(base: str, source: Source) -> Released | None:
+    """The base if it is at hand; None for a name on the Hub, of which its own words are checked.
+
+    Raises:
+      UserError: there is no such base, it is another model than the run's, or peft cannot load it.
+    """
+    config = source.config
+    size = config.img.image_size
+    if in_bucket(base):
+        raise UserError(
+            f"the base {base} is in a bucket, from which peft cannot load; copy it, and give "
+            "--base the copy, or a name on the Hub"
+        )
+    if not exists(locate(base)):
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
+            raise UserError(
+                f"--base {base} is no folder and no name on the Hub (owner/name); correct it"
+            )
+        if told := re.fullmatch(r"google/paligemma2-(3b|10b|28b)-.*-(\d+)", base):
+            variant, pixels = f"paligemma2_{told[1]}", int(told[2])
+            if hf_folder.sizes_of(paligemma2.get_config(variant)) != hf_folder.sizes_of(config):
+                raise UserError(f"{base} is a {variant}, which the run is not; give its own base")
+            _check_image_size(base, pixels, size)
+            _check_window(base, _HUB_WINDOW, source)
+        return None
+    found = released.open_released(base)
+    if found.form != released.HUGGING_FACE:
+        raise UserError(
+            f"{base} is in big_vision's form, which transformers cannot load; export it with "
+            "scripts/export_hf.py and give --base its folder"
+        )
+    found.check(config)
+    found.check_vocabulary(config.llm.vocab_size)
+    _check_image_size(base, found.facts.image_size, size)
+    _check_window(base, found.facts.sliding_window, source)
+    return found
+
+
+def _check_image_size(base: str, pixels: int, wanted: int) -> None:
+    if pixels != wanted:
+        raise UserError(
+            f"the base {base} sees pictures of {pixels} pixels, the run {wanted}; give --base one "
+            "of that size, or leave --adapter out, which merges"
+        )
+
+
+def _check_window(base: str, theirs: int | None, source: Source) -> None:
+    """Refuses another window of local layers, where a segment is longer than one of the two."""
+    ours, data = source.config.llm.sliding_window, source.run.data
+    length = data.num_frames * source.config.img.num_patches + data.text_len + data.caption_len
+    shortest = min(theirs or length, ours or length)
+    if theirs != ours and shortest < length:
+        named = lambda window: f"a window of {window}" if window else "no window"
+        raise UserError(
+            f"the base {base} has {named(theirs)} in its local layers and the run {named(ours)}, "
+            f"and a segment has up to {length} tokens, so that it would say something else; leave "
+            "--adapter out, which merges and writes the run's own"
+        )
+
+
+def _check_same_base(found: Released, config: PaliGemma2Config, params: Params) -> None:
+    """Compares a norm, and of each tower a matrix of the first layer, without its adapter.
+
+    Raises:
+      UserError: one differs by more than rounding does, to bfloat16 or to codes.
+    """
+    flat = flatten_dict(params, sep="/")
+    for path, stop in (
+        ("llm/final_norm/scale", None),
+        ("llm/layers/attn/q_einsum/w", 1),
+        ("img/Transformer/encoderblock/attn/query/kernel", 1),
+    ):
+        theirs, reach = found.rows(config, path, stop), 0.0
+        ours = jax.tree.map(lambda array, stop=stop: np.asarray(array[:stop]), flat[path])
+        if isinstance(ours, QArray):
+            ours, reach = quantized.decode(ours, np.float32), quantized.reach(ours)
+        allowed = np.asarray(reach) * 1.001 + 2**-8 * np.abs(theirs) + 1e-6
+        if np.any(np.abs(theirs - np.asarray(ours, np.float32)) > allowed):
+            raise UserError(
+                f"the base {found.path} has other weights than the run's ({path} differs), so the "
+                "adapters would be added to another model; give --base what the run started from"
+            )
 
 
 def _towers(params: Params) -> Params:
@@ -283,7 +580,16 @@ def _read_report(source: Source) -> dict[str, Any] | None:
     return read_json(file, "evaluate the run again") if exists(file) else None
 
 
+# Google's, at the end of a path: a folder of that name, a file of big_vision, or what the Hub's own
+# cache makes of it.
+_PUBLISHED = (
+    r"(?:^|/|models--google--)"
+    r"(paligemma2-(?:(?:3b|10b|28b)-(?:pt-(?:224|448|896)|mix-(?:224|448))|(?:3b|10b)-ft-docci-448))"
+    r"(?:\.(?:[\w-]+\.)*npz|/snapshots/\w+)?/?$"
+)
+
+
 def _base_model(origin: str | None) -> str | None:
-    """The name that released weights have on the Hub, if their path still says it."""
-    found = re.search(r"paligemma2-(3b|10b|28b)-[a-z0-9-]*(224|448|896)", origin or "")
-    return f"google/{found[0]}" if found else None
+    """The name that released weights of Google have on the Hub, if their path still says it."""
+    found = re.search(_PUBLISHED, origin or "")
+    return f"google/{found[1]}" if found else None

@@ -22,6 +22,8 @@ examples:
   python scripts/aot_compile.py --config configs/paligemma2_3b.py --all --json plans.json \\
       --config.model.variant=paligemma2_10b "--config.model.exit_layers=(12, 21, 30, 42)"
 
+Of a config with stages --config.stage says which is planned, else it is the last one.
+
 Needs the TPU compiler, libtpu, and no TPU (docs/TPU.md). One compilation of the released models
 takes half a minute to five minutes of CPU. All figures are estimates, for one chip and one step.
 
@@ -35,7 +37,7 @@ _ALL = ("v5e:4x4", "v5e:8x8", "v5p:2x2x4", "v5p:4x4x4", "v6e:4x4", "v6e:8x8")
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    args, config = _parse(argv)
+    args, config, stages = _parse(argv)
     slices = [chips.topology(name) for name in args.topology or _ALL]
     environment.prepare()
     out = locate(args.json) if args.json else None
@@ -56,28 +58,33 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_whole(out, json.dumps(values, indent=2) + "\n")
 
     if args.all:
-        _table(config, slices, [args.mode] if args.mode else plan.MODES, keep)
+        _table(config, stages, slices, [args.mode] if args.mode else ("full", "score"), keep)
     else:
-        _pages(config, slices, args.mode or "full", keep)
+        _pages(config, stages, slices, args.mode or "full", keep)
     fits = [one.fits for one in made]
     return 0 if (any(fits) if args.all else all(fits)) else 1
 
 
 def _pages(
-    config: Config, slices: Sequence[chips.Topology], mode: str, keep: Callable[[Plan], None]
+    config: Config,
+    stages: Sequence[Config],
+    slices: Sequence[chips.Topology],
+    mode: str,
+    keep: Callable[[Plan], None],
 ) -> None:
     """A page for each slice, and advice where it does not fit."""
     for topology in slices:
-        found = plan.plan(config, topology, mode)
+        found = plan.plan(config, topology, mode, stages)
         keep(found)
         print(report.text(config.model.variant, found), flush=True)
         if not found.fits:
             print("looking for what fits ...", file=sys.stderr, flush=True)
-            print(report.advice_text(found, plan.advise(config, found)), flush=True)
+            print(report.advice_text(found, plan.advise(config, found, stages)), flush=True)
 
 
 def _table(
     config: Config,
+    stages: Sequence[Config],
     slices: Sequence[chips.Topology],
     modes: Sequence[str],
     keep: Callable[[Plan], None],
@@ -92,7 +99,7 @@ def _table(
         for topology in slices:
             print(f"{variant}, {mode}, {topology.name} ...", file=sys.stderr, flush=True)
             try:
-                found = plan.plan(config, topology, mode)
+                found = plan.plan(config, topology, mode, stages)
             except UserError as error:
                 refused.append(f"not compiled: {mode}, {topology.name}: {error}")
             else:
@@ -103,7 +110,10 @@ def _table(
     print("\n".join([report.table(rows), *refused]))
 
 
-def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Config]:
+def _parse(
+    argv: Sequence[str] | None,
+) -> tuple[argparse.Namespace, Config, tuple[Config, ...]]:
+    """Flags, the config to plan, and those of all stages of its file."""
     parser = argparse.ArgumentParser(
         prog="python scripts/aot_compile.py",
         description="Compiles an experiment's step for a slice of TPUs and prints, per chip, the "
@@ -125,7 +135,8 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Config]:
         "--mode",
         choices=plan.MODES,
         help="full: an update of training at batch_size (default); score: the scoring pass at "
-        "eval.batch_size; --all has both unless one is named",
+        "eval.batch_size; cache_teacher: what a stage that others learn from does once for every "
+        "batch of that size; --all has the first two unless one is named",
     )
     add(
         "--all",
@@ -146,7 +157,9 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Config]:
     if not args.topology and not args.all:
         parser.error(f"--topology is wanted, or --all; known slices: {', '.join(chips.known())}")
     overrides = [flag.removeprefix("--config.") for flag in rest]
-    return args, config_lib.from_file(args.config, overrides)
+    of_all = [override for override in overrides if not override.startswith("stage=")]
+    stages = config_lib.stages_from_file(args.config, of_all)
+    return args, config_lib.from_file(args.config, overrides), stages
 
 
 if __name__ == "__main__":

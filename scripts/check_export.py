@@ -30,7 +30,7 @@ from deevisum_jax.data import prompts
 from deevisum_jax.data.tokenizer import BOS, PAD
 from deevisum_jax.errors import UserError, exits_cleanly
 from deevisum_jax.inference import generation, scoring
-from deevisum_jax.models import paligemma2
+from deevisum_jax.models import lora, paligemma2
 
 TOLERANCE = 1e-4
 _WORDS = ("dog", "runs", "after", "the", "red", "ball", "while", "people", "laugh", "and", "clap")
@@ -123,9 +123,16 @@ def say_ours(
     num_tokens: int,
     dtype: str,
 ) -> Said:
-    """In JAX, with the parameters rounded to the dtype that they were exported in."""
+    """In JAX, with the parameters rounded to the dtype that they were exported in.
+
+    What was exported in float32 is held against the run's own adapters and codes.
+    """
     config = dataclasses.replace(source.config, dtype="float32")
-    params = jax.tree.map(lambda leaf: leaf.astype(dtype), source.load())
+    params = source.load()
+    if config.lora is None or dtype != "float32":
+        params = lora.merge(params, config.lora, config.param_dtype)
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+        config = paligemma2.without_lora(config)
     width = max(map(len, texts))
     tokens = np.full((len(texts), width), PAD, np.int32)
     mask = np.zeros((len(texts), width), bool)
@@ -163,9 +170,11 @@ def say_ours(
     if not config.exit_layers:
         return said
     class_logits = np.concatenate([exits.class_logits for _, exits in parts], axis=1)
-    taken = scoring.exit_index(
-        np.asarray(jax.nn.softmax(class_logits)[..., 1]), source.run.eval.exit_threshold
-    )
+    if source.run is None:  # an export of ours
+        threshold = source.start.checkpoint.deevisum["exit_threshold"]
+    else:
+        threshold = source.run.eval.exit_threshold
+    taken = scoring.exit_index(np.asarray(jax.nn.softmax(class_logits)[..., 1]), threshold)
     return dataclasses.replace(
         said,
         class_logits=class_logits[taken, np.arange(len(taken))],

@@ -19,7 +19,7 @@ example:
       --dtype bfloat16
 
 Then, in a config of big_vision: config.model_init = "./student.bf16.npz". Exit heads stay behind:
-big_vision's PaliGemma has no place for them.
+big_vision's PaliGemma has no place for them. Adapters are merged.
 
 Exit status: 0 done, 2 a mistake in what was given (a message says which, and the next step).
 """
@@ -30,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(
         prog="python scripts/export_big_vision.py",
-        description="Writes a checkpoint that big_vision's PaliGemma loads.",
+        description="Writes a checkpoint that big_vision's PaliGemma loads. Adapters of a "
+        "run that was trained with them are merged.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -51,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     source = weights.open_source(args.checkpoint)
     weights.export_big_vision(source, args.out, dtype=args.dtype)
     left = " without its exit heads" if source.config.exit_layers else ""
-    print(f"{args.out}{left}: load it with big_vision's models.proj.paligemma.paligemma")
+    merged = ", its adapters merged" if source.config.lora else ""
+    print(f"{args.out}{left}{merged}: load it with big_vision's models.proj.paligemma.paligemma")
     return 0
 
 

@@ -3,6 +3,7 @@
 import io
 import pathlib
 import shutil
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -81,8 +82,15 @@ def hugging_face_model(params: Params, config: PaliGemma2Config):
     return theirs
 
 
-def write_run(workdir: pathlib.Path, config: Config) -> None:
-    """A run of one step with random parameters, as `main` leaves it but for its report."""
+def write_run(
+    workdir: pathlib.Path,
+    config: Config,
+    change: Callable[[Params], Params] = lambda params: params,
+) -> None:
+    """A run of one step with random parameters, as `main` leaves it but for its report.
+
+    `change` makes others of them.
+    """
     runs.claim(workdir, config)
     records = datasets.Dataset(config.data).split("train")
     template = experiment.make_template(config, workdir)
@@ -93,7 +101,7 @@ def write_run(workdir: pathlib.Path, config: Config) -> None:
         experiment.make_source(config, records, encoder), batch_size=8, seed=0
     )
     schedule = optim.make_schedule(config.optim, config.total_steps)
-    params = init_params(model, jax.random.key(3))
+    params = change(init_params(model, jax.random.key(3)))
     state = train_step.init_state(params, optim.make_optimizer(config.optim, schedule))
     with checkpoints.Checkpoints(workdir / runs.CHECKPOINT_FOLDER, config.checkpoint) as saved:
         saved.save(1, state, batches, {"tau": 0.0})

@@ -144,6 +144,21 @@ def test_another_architecture_is_refused_and_named(tmp_path):
         assert "c: absent in the checkpoint, (2,) in the model" in str(caught.value)
 
 
+def test_what_only_training_has_is_left_out_where_the_model_is_wanted(tmp_path):
+    kernel = {"kernel": jnp.full((8, 4), 2.0)}
+    params = {"a": kernel, "distill": {"mentor": {"kernel": jnp.ones((1, 2, 3))}}}
+    state = train_step.init_state(params, TX)
+    save_all(tmp_path / "c", {1: state})
+    with Checkpoints(tmp_path / "c") as saved:
+        found = saved.restore_params(1, abstract({"a": kernel}))
+        jax.tree.map(np.testing.assert_array_equal, found, {"a": kernel})
+        assert jax.tree.structure(found) == jax.tree.structure({"a": kernel})
+        whole = saved.restore_params(1, abstract(params))
+        jax.tree.map(np.testing.assert_array_equal, whole, params)
+        with pytest.raises(UserError, match=r"a/kernel: \(8, 4\) in the checkpoint, absent"):
+            saved.restore_params(1, abstract({"distill": params["distill"]}))
+
+
 def test_a_checkpoint_that_was_not_finished_does_not_count(tmp_path):
     save(tmp_path, [0.1])
     (tmp_path / "2.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
@@ -288,6 +303,35 @@ def test_a_checksum_sees_every_single_number_and_where_it_stands():
     for dtype in (jnp.bfloat16, jnp.int32):  # of optimizers, for instance
         one, other = (checkpoints._checksum(jnp.array(x, dtype)) for x in ([0, 1], [1, 0]))
         assert one != other
+
+
+def test_a_fingerprint_is_of_the_parameters_alone_and_of_every_one_of_them(tmp_path):
+    def fingerprint(name: str, state) -> str:
+        with Checkpoints(tmp_path / name, CheckpointConfig()) as saved:
+            saved.save(1, state, Numbers(), None)
+            saved.wait()
+            return saved.fingerprint(1)
+
+    state = make_state()
+    first = fingerprint("first", state)
+    assert len(first) == 64
+    assert fingerprint("same", make_state()) == first
+    others_moments = jax.tree.map(lambda leaf: leaf + 1, state.opt_state)
+    assert fingerprint("step", dataclasses.replace(state, opt_state=others_moments)) == first
+    kernel = state.params["a"]["kernel"].at[3, 1].set(1e-38)
+    changed = dataclasses.replace(state, params={"a": {"kernel": kernel}})
+    assert fingerprint("changed", changed) != first
+    frozen = dataclasses.replace(state, frozen={"b": {"scale": jnp.array([1.0, 1.0, 2.0])}})
+    assert fingerprint("frozen", frozen) != first
+
+
+def test_a_step_without_checksums_has_no_fingerprint(tmp_path):
+    with Checkpoints(tmp_path, CheckpointConfig()) as saved:
+        saved.save(1, make_state(), Numbers(), None)
+        saved.wait()
+        shutil.rmtree(tmp_path / "1" / "checksums")
+        with pytest.raises(UserError, match="has no checksums of the parameters"):
+            saved.fingerprint(1)
 
 
 def test_several_damaged_ones_are_moved_aside_and_their_steps_saved_again(tmp_path, capfd):

@@ -230,3 +230,80 @@ def test_differences_are_dotted_fields():
         "optim.learning_rate: 0.001 -> 0.0001",
     ]
     assert config_lib.differences(new, new) == []
+
+
+@pytest.fixture
+def staged(tmp_path):
+    """A file of three stages, and how they are read with overrides."""
+    path = tmp_path / "staged.py"
+    described = {
+        "teacher": {"model": {"variant": "quickstart_teacher", "exit_layers": (8,)}},
+        "mentor": {"total_steps": 7},
+        "student": {},
+    }
+    own = values(stages=described, distill={"phi": 0.5, "psi": 0.25})
+    path.write_text(
+        f"import ml_collections\ndef get_config():\n    return ml_collections.ConfigDict({own!r})\n"
+    )
+    return lambda *overrides: config_lib.stages_from_file(str(path), overrides)
+
+
+def test_stages_are_the_files_fields_with_their_own_in_place(staged):
+    teacher, mentor, student = staged()
+    assert [c.stage for c in (teacher, mentor, student)] == ["teacher", "mentor", "student"]
+    assert (teacher.model.variant, mentor.model.variant) == ("quickstart_teacher", "tiny")
+    assert (mentor.total_steps, student.total_steps) == (7, 10)
+    assert student.data == teacher.data
+
+
+def test_a_stage_learns_from_those_before_it_the_nearest_first(staged):
+    teacher, mentor, student = staged()
+    assert teacher.teachers == {}
+    assert mentor.teachers == {"teacher": 0.5}
+    assert list(student.teachers.items()) == [("mentor", 0.5), ("teacher", 0.25)]
+    assert staged("distill.phi=0")[-1].teachers == {"teacher": 0.25}
+    assert build(distill={"phi": 1.0}).teachers == {}  # of no stages
+
+
+def test_overrides_hold_for_all_stages_or_for_one(staged):
+    assert [c.total_steps for c in staged("total_steps=3")] == [3, 3, 3]
+    assert [c.total_steps for c in staged("stages.mentor.total_steps=4", "total_steps=3")] == [
+        3,
+        4,
+        3,
+    ]
+    assert [c.stage for c in staged("stage=mentor")] == ["mentor"]
+
+
+def test_stages_do_not_change_one_another(staged):
+    configs = staged("stages.mentor.optim.learning_rate=0.5", "stages.mentor.model.lora.rank=2")
+    assert [c.optim.learning_rate for c in configs] == [1e-3, 0.5, 1e-3]
+    assert [c.model.lora.rank for c in configs] == [0, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stage=mentors", r"stage='mentors'; did you mean 'mentor'\?"),
+        ("stages.tutor.total_steps=3", r"override stages\.tutor\.total_steps: "),
+        ("stages.mentor.total_stps=3", r"total_stps does not exist; did you mean 'total_steps'"),
+        ("distill.direction=both", "distill.direction='both'"),
+        ("distill.temperature=0", "distill.temperature=0.0 must be above 0"),
+        ("distill.psi=-1", "distill.psi=-1.0 must be at least 0"),
+        ("distill.top_k=0", "distill.top_k=0 must be above 0"),
+        ("distill.layer_map=((2,3),)", r"\(2, 3\) must be 3 layers, counted from 1: the student"),
+        ("model.lora.rank=-1", "model.lora.rank=-1 must be at least 0"),
+        ("model.lora.base=nf4", "model.lora.rank=0 puts no adapters beside them"),
+        ("model.lora.towers=('txt',)", "model.lora.towers names 'txt'"),
+    ],
+)
+def test_mistakes_of_stages_are_named(staged, override, message):
+    with pytest.raises(UserError, match=message):
+        staged(override)
+
+
+def test_a_stage_that_there_is_none_of_is_named():
+    with pytest.raises(UserError, match=r"stages\.tutor is no stage"):
+        build(stages={"tutor": {}})
+    with pytest.raises(UserError, match="describes no stages"):
+        build(stage="mentor")

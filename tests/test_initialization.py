@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from etils import epath
+from flax.traverse_util import flatten_dict
 from jax.sharding import PartitionSpec as P
+from qwix import QArray
 
 from deevisum_jax import (
     checkpoints,
@@ -23,12 +25,13 @@ from deevisum_jax import (
     weights,
 )
 from deevisum_jax import config as config_lib
+from deevisum_jax.config import LoraConfig
 from deevisum_jax.convert import huggingface, released, rows
 from deevisum_jax.convert.safetensors import write_safetensors_file
 from deevisum_jax.data import tokenizer
 from deevisum_jax.errors import UserError
-from deevisum_jax.models import paligemma2
-from tests import process_work, processes
+from deevisum_jax.models import lora, paligemma2
+from tests import process_work, processes, untrained
 from tests.checkpoint_files import write_big_vision, write_hugging_face, write_run
 from tests.conftest import TINY_CONFIG, TINY_MESH
 
@@ -444,3 +447,169 @@ def test_processes_together_read_what_one_reads(npz, folder, tokens, tiny_config
     for process in processes.run_function(2, "load", starts, str(tokens), timeout_s=150):
         assert process.status == 0, process.err
         assert json.loads(process.out.splitlines()[-1]) == expected
+
+
+# ---- Adapters ----
+
+FLOAT = LoraConfig(rank=2, alpha=6.0)
+NF4 = LoraConfig(rank=2, alpha=6.0, towers=("llm", "img"), base="nf4", tile=16)
+
+
+def logits(model: paligemma2.PaliGemma2Config, params) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 256, (2, 1, 28, 28, 3)).astype(np.uint8)
+    tokens = rng.integers(2, 256, (2, 6)).astype(np.int32)
+    mask = np.ones((2, 6), bool)
+
+    @jax.jit
+    def all_of(params):
+        bound = paligemma2.bind(model, params)
+        x, _ = bound.run_layers(bound.embed(frames, tokens, ~mask, mask))
+        return bound.logits(bound.llm.final_norm(x.x))
+
+    return np.asarray(all_of(jax.device_get(params)))
+
+
+def parts(params) -> dict[str, np.ndarray]:
+    return jax.device_get(dict(sharding._leaves(params)))
+
+
+@pytest.mark.parametrize("kind", ["npz", "folder", "converted"])
+def test_released_weights_get_adapters_that_change_nothing_yet(
+    kind, npz, folder, tokens, config, trained, start_config, tmp_path
+):
+    given = {"npz": npz, "folder": folder}.get(kind)
+    if given is None:
+        given = str(tmp_path / "weights")
+        weights.convert(weights.open_source(npz, tokenizer_path=str(tokens)), tmp_path / "weights")
+    model = dataclasses.replace(config, exit_layers=(2, 4), lora=FLOAT)
+    params = load(start_config(given), model)
+    assert jax.tree.map(lambda leaf: leaf.sharding, params) == jax.tree.map(
+        lambda leaf: leaf.sharding, on_the_mesh(model)
+    )
+    found, expected = parts(params), parts(trained)
+    for path, leaf in expected.items():
+        np.testing.assert_array_equal(found[path], leaf)
+    drawn = {path for path in found if path.endswith("_lora_a")}
+    assert len(drawn) == 5
+    assert all(np.any(found[path]) for path in drawn)
+    assert not any(np.any(found[path]) for path in found if path.endswith("_lora_b"))
+    plain = dataclasses.replace(model, lora=None)
+    np.testing.assert_array_equal(
+        logits(model, params), logits(plain, trained | {"exits": params["exits"]})
+    )
+
+
+def test_released_weights_are_quantised_where_they_land(npz, config, trained, start_config):
+    model = dataclasses.replace(config, lora=NF4)
+    params, wanted = load(start_config(npz), model), on_the_mesh(model)
+    assert jax.tree.structure(params) == jax.tree.structure(wanted)
+    assert jax.tree.map(lambda leaf: leaf.sharding, params) == jax.tree.map(
+        lambda leaf: leaf.sharding, wanted
+    )
+    found = parts(params)
+    for path, leaf in parts(lora.quantize(trained, NF4)).items():
+        np.testing.assert_array_equal(found[path], leaf)
+
+
+@pytest.mark.parametrize("kind", ["npz", "folder", "converted"])
+def test_of_what_is_quantised_one_float_matrix_is_there_at_a_time(
+    kind, npz, folder, tokens, config, trained, start_config, tmp_path, monkeypatch
+):
+    given = {"npz": npz, "folder": folder}.get(kind)
+    if given is None:
+        given = str(tmp_path / "weights")
+        weights.convert(weights.open_source(npz, tokenizer_path=str(tokens)), tmp_path / "weights")
+    model = dataclasses.replace(config, lora=NF4)
+    matrices = {
+        leaf.shape
+        for leaf in jax.tree.leaves(on_the_mesh(model), is_leaf=lambda x: isinstance(x, QArray))
+        if isinstance(leaf, QArray)
+    }
+    assert len(matrices) == 5
+    before = {id(array): array for array in jax.live_arrays()}  # kept, as numbers are used again
+    counts, quantize = {}, lora.quantize
+
+    def counted(params, config):
+        there = [
+            array
+            for array in jax.live_arrays()
+            if array.shape in matrices and array.dtype == np.float32 and id(array) not in before
+        ]
+        flat = flatten_dict(params, sep="/")
+        if len(flat) == 1:  # not a whole model's shapes
+            counts[next(iter(flat))] = len(there)
+        return quantize(params, config)
+
+    monkeypatch.setattr(lora, "quantize", counted)
+    monkeypatch.setattr(checkpoints, "_GROUP_BYTES", 1)  # as matrices larger than a group are read
+    params = load(start_config(given), model)
+    assert list(counts.values()) == [1] * 5
+    found = parts(params)
+    for path, leaf in parts(quantize(trained, NF4)).items():
+        np.testing.assert_array_equal(found[path], leaf)
+
+
+@pytest.fixture
+def adapted_run(other_run, tiny_config):
+    """Makes a run that has learned adapters; returns its folder, its model and parameters."""
+
+    def make(learned: LoraConfig):
+        group = dataclasses.asdict(learned).items()
+        config = tiny_config(*(f"model.lora.{name}={value!r}" for name, value in group))
+        shutil.rmtree(other_run / "checkpoints")
+        config_lib.save(config, other_run / "config.json")
+        vocab_size = paligemma2.table_rows(280)
+        model = paligemma2.get_config(
+            "tiny", llm={"vocab_size": vocab_size}, exit_layers=(2, 4), lora=learned
+        )
+        # Adapters that have learned something: b is not zeros.
+        learn = lambda path, leaf: leaf + 0.05 if sharding._name(path).endswith("_b") else leaf
+        drawn = paligemma2.init_params(model, jax.random.key(3))
+        params = jax.tree.map_with_path(learn, drawn)
+        assert np.abs(logits(model, params) - logits(model, drawn)).max() > 0.1
+        untrained.save_params(other_run, config, params)
+        with checkpoints.Checkpoints(other_run / "checkpoints") as saved:
+            params = saved.restore_params(1, on_the_mesh(model))
+        return other_run, model, params
+
+    return make
+
+
+@pytest.mark.parametrize("learned", [FLOAT, NF4], ids=["float", "nf4"])
+def test_a_run_with_the_same_adapters_goes_on_with_them(learned, adapted_run, start_config):
+    folder, model, params = adapted_run(learned)
+    found = load(start_config(str(folder)), model)
+    assert jax.tree.structure(found) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), jax.device_get(params))
+
+
+def test_a_run_s_adapters_are_added_before_its_weights_are_quantised(adapted_run, start_config):
+    folder, model, params = adapted_run(FLOAT)
+    target = dataclasses.replace(model, lora=NF4)
+    found = parts(load(start_config(str(folder)), target))
+    merged = lora.merge(params, FLOAT, "float32")
+    for path, leaf in parts(lora.quantize(merged, NF4)).items():
+        np.testing.assert_array_equal(found[path], leaf)
+
+
+@pytest.mark.parametrize("learned", [FLOAT, NF4], ids=["float", "nf4"])
+@pytest.mark.parametrize("wanted", [None, LoraConfig(rank=3)], ids=["none", "other"])
+def test_a_run_s_other_adapters_are_added_to_its_weights(
+    learned, wanted, adapted_run, start_config
+):
+    folder, model, params = adapted_run(learned)
+    target = dataclasses.replace(model, lora=wanted)
+    found = load(start_config(str(folder)), target)
+    assert jax.tree.map(lambda leaf: leaf.sharding, found) == jax.tree.map(
+        lambda leaf: leaf.sharding, on_the_mesh(target)
+    )
+    np.testing.assert_allclose(logits(target, found), logits(model, params), atol=1e-5)
+
+
+def test_adapters_over_codes_are_not_added_to_be_rounded_again(adapted_run, start_config):
+    folder, *_ = adapted_run(NF4)
+    lines = ("model.lora.rank=4", "model.lora.base=nf4", "model.lora.tile=16")
+    with pytest.raises(UserError, match=r"rank=2, alpha=6\.0, .*'nf4', tile=16\).*base=None"):
+        check(start_config(str(folder), *lines))
+    check(start_config(str(folder), "model.lora.rank=4"))  # rounded no second time

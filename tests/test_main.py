@@ -91,7 +91,7 @@ def final_params(workdir: pathlib.Path, step: int = 6):
     with jax.set_mesh(sharding.make_mesh(**dataclasses.asdict(config.mesh))):
         run = main.Run(config, epath.Path(workdir), None, preemption.Notice())
         with checkpoints.Checkpoints(workdir / "checkpoints") as saved:
-            return saved.restore_params(step, run._abstract_params)
+            return saved.restore_params(step, main._of_model(run.abstract))
 
 
 def saved_steps(workdir: pathlib.Path) -> set[int]:

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import qwix
 from flax.traverse_util import flatten_dict
 
 from deevisum_jax import optim
@@ -117,3 +118,50 @@ def test_nothing_frozen_is_the_default():
 def test_freezing_by_mistake_is_refused(patterns, message):
     with pytest.raises(UserError, match=message):
         optim.split_frozen(PARAMS, patterns)
+
+
+ADAPTED = {
+    "img": {"head": {"kernel": jnp.ones((3, 2))}},
+    "llm": {
+        "mlp": {
+            "linear": qwix.quantize(jnp.ones((4, 2)), "nf4", channelwise_axes=(1,)),
+            "linear_lora_a": jnp.ones((4, 1)),
+            "linear_lora_b": jnp.ones((1, 2)),
+        }
+    },
+    "exits": {"classifier": {"kernel": jnp.ones((2, 2, 2))}},
+    "distill": {"mentor": {"kernel": jnp.ones((1, 2, 3))}},
+}
+
+
+def test_with_adapters_they_and_the_heads_alone_train():
+    trainable, frozen = optim.split_frozen(ADAPTED, ())
+    assert set(flatten_dict(trainable, sep="/")) == {
+        "llm/mlp/linear_lora_a",
+        "llm/mlp/linear_lora_b",
+        "exits/classifier/kernel",
+        "distill/mentor/kernel",
+    }
+    # A quantised weight is one parameter, whole.
+    assert set(flatten_dict(frozen, sep="/")) == {"img/head/kernel", "llm/mlp/linear"}
+    assert optim.merge(trainable, frozen).keys() == ADAPTED.keys()
+
+
+def test_adapters_and_heads_can_be_frozen_too():
+    trainable, _ = optim.split_frozen(ADAPTED, ("llm/mlp/linear_lora_a", "exits/.*"))
+    assert set(flatten_dict(trainable, sep="/")) == {
+        "llm/mlp/linear_lora_b",
+        "distill/mentor/kernel",
+    }
+    with pytest.raises(UserError, match="matches every adapter and head, and they alone train"):
+        optim.split_frozen(ADAPTED, ("llm/.*", "exits/.*", "distill/.*"))
+    with pytest.raises(UserError, match=r"'lm/\.\*' matches no parameter"):
+        optim.split_frozen(ADAPTED, ("lm/.*",))
+
+
+def test_a_tower_whose_adapters_are_all_frozen_is_refused():
+    img = {"head": {"kernel": jnp.ones((2, 2))}, "kernel_lora_a": jnp.ones((2, 1))}
+    both = ADAPTED | {"img": img}
+    assert "img" in optim.split_frozen(both, ("img/head/.*",))[0]
+    with pytest.raises(UserError, match=r"every adapter of img.*leave img out of model\.lora\."):
+        optim.split_frozen(both, ("img/.*",))

@@ -8,12 +8,14 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from deevisum_jax import sharding
+from deevisum_jax.config import LoraConfig
 from deevisum_jax.errors import UserError
 from deevisum_jax.models import two_towers
 from deevisum_jax.models.paligemma2 import VARIANTS, abstract_params, bind, get_config, init_params
 from deevisum_jax.typing import Batch
 
 CONFIG = get_config("tiny", exit_layers=(2, 4), remat_policy="nothing_saveable")
+QLORA = LoraConfig(rank=8, towers=("llm", "img"), base="nf4")
 
 
 def make_batch(B=8, T=6):
@@ -50,10 +52,25 @@ def test_every_parameter_matches_exactly_one_row(name):
     assert len(paths) == 39
 
 
+@pytest.mark.parametrize("base", [None, "int8", "nf4"])
+def test_every_adapter_code_and_scale_matches_exactly_one_row(base):
+    lora = dataclasses.replace(QLORA, base=base)
+    params = abstract_params(get_config("paligemma2_3b", exit_layers=(1, 2), lora=lora))
+    paths = [path for path, leaf in sharding._leaves(params)]
+    for path, leaf in sharding._leaves(params):
+        assert len(sharding.logical_axes(path, leaf.ndim)) == leaf.ndim
+    # Of five arrays of the language model's and three of SigLIP's, two each; and five of scales.
+    assert len(paths) == 39 + 2 * 8 + 5 * (base is not None)
+    codes = [path for path in paths if path.endswith("/qvalue")]
+    assert len(codes) == 5 * (base is not None)
+
+
 def test_every_row_is_used():
     siglip = two_towers.abstract_params(two_towers.get_config("siglip_tiny"))
+    lora = abstract_params(get_config("paligemma2_3b", lora=QLORA))
+    distill = {"distill": {"mentor": {"kernel": jax.ShapeDtypeStruct((2, 3, 4), "float32")}}}
     used = set()
-    for params in (abstract_params(CONFIG), siglip):
+    for params in (abstract_params(CONFIG), siglip, lora, distill):
         for path, leaf in jax.tree.leaves_with_path(params):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             used.add(sharding.logical_axes(name, leaf.ndim))
@@ -82,6 +99,20 @@ def test_large_weights_are_split_and_small_ones_are_whole():
     assert specs["llm"]["final_norm"]["scale"] == P(None)
     assert specs["img"]["embedding"]["kernel"] == P(None, None, None, None)
     assert sharding.batch_sharding(mesh).spec == P(sharding.BATCH_AXES)
+
+
+def test_adapters_are_split_as_their_weights_are_and_codes_and_scales_too():
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    params = abstract_params(get_config("paligemma2_3b", lora=QLORA))
+    specs = jax.tree.map(lambda s: s.spec, sharding.param_shardings(params, mesh))
+    tensor, fsdp = ("tensor",), sharding.FSDP_AXES
+    attn, mlp = specs["llm"]["layers"]["attn"], specs["llm"]["layers"]["mlp"]
+    assert attn["q_einsum"]["w_lora_a"] == P(None, fsdp, None)
+    assert attn["q_einsum"]["w_lora_b"] == P(None, None, tensor, None)
+    assert attn["kv_einsum"]["w_lora_b"] == P(None, None, None, tensor, None)
+    assert mlp["linear_lora_a"] == P(None, tensor, None)
+    assert mlp["linear_lora_b"] == P(None, None, fsdp)
+    assert mlp["linear"].qvalue == mlp["linear"].scale == P(None, tensor, fsdp)
 
 
 def test_a_mesh_that_does_not_divide_names_all_offenders():

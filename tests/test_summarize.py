@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import itertools
 import json
@@ -18,11 +19,13 @@ import numpy as np
 import pytest
 
 from deevisum_jax import config as config_lib
-from deevisum_jax import files, summarize
+from deevisum_jax import experiment, files, summarize
+from deevisum_jax.config import LoraConfig
+from deevisum_jax.data import tokenizer
 from deevisum_jax.data.segments import segment_bounds
 from deevisum_jax.data.video import decode_video
 from deevisum_jax.inference.scoring import SegmentScores
-from deevisum_jax.models import paligemma2
+from deevisum_jax.models import lora, paligemma2
 from deevisum_jax.summary import render, report, select
 from tests import untrained
 from tests.media import solid_frames, stream_durations, write_video
@@ -532,6 +535,28 @@ def test_scores_do_not_depend_on_the_number_of_devices(run, videos, monkeypatch)
     for scores in found[1:]:
         np.testing.assert_allclose(scores.importance, found[0].importance, atol=1e-5)
         np.testing.assert_allclose(scores.summary_prob, found[0].summary_prob, atol=1e-5)
+
+
+def test_a_run_over_codes_scores_as_what_it_merges_to(run, videos, tmp_path):
+    config = config_lib.load(run / "config.json")
+    adapted = LoraConfig(rank=2, base="nf4", tile=8)
+    over_codes = dataclasses.replace(config, model=dataclasses.replace(config.model, lora=adapted))
+    tokens = tokenizer.load_tokenizer(run / "tokenizer.model")
+    model = experiment.model_config(over_codes, tokens)
+    params = paligemma2.init_params(model, jax.random.key(0))
+    film = summarize.read_film(videos / "mute.mkv", size=model.img.image_size)
+    found = []
+    for name, one, stored in (
+        ("codes", over_codes, params),
+        ("merged", config, lora.merge(params, adapted, "float32")),
+    ):
+        folder = tmp_path / name
+        shutil.copytree(run, folder, ignore=shutil.ignore_patterns("checkpoints"))
+        config_lib.save(one, folder / "config.json")
+        untrained.save_params(folder, one, stored)
+        found.append(summarize.Student(folder).score(film.video)[1])
+    np.testing.assert_allclose(found[0].importance, found[1].importance, atol=1e-5)
+    np.testing.assert_allclose(found[0].summary_prob, found[1].summary_prob, atol=1e-5)
 
 
 def test_a_real_film(run, shared_data, tmp_path):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors
 import torch
 import transformers
 
@@ -191,6 +192,21 @@ def test_what_lies_in_the_folder(exported):
     assert "# tiny" in card
     assert "trained from scratch on synthetic/tiny" in card
     assert "| Kendall tau | 0.300 | 0.200 | t |" in card
+
+
+def test_what_only_distillation_trained_stays_with_the_run(tiny_config, tmp_path):
+    """Projections to the hidden states of teachers."""
+    projection = {"teacher": {"kernel": jnp.ones((2, 32, 48))}}
+    write_run(tmp_path / "run", tiny_config(), lambda params: params | {"distill": projection})
+    source = weights.open_source(str(tmp_path / "run"))
+    assert set(source.load()) == {"img", "llm", "exits"}
+    weights.export_hf(source, tmp_path / "out")
+    for name in ("model.safetensors", "deevisum_heads.safetensors"):
+        with safetensors.safe_open(tmp_path / "out" / name, "np") as found:
+            assert not [key for key in found.keys() if "distill" in key]  # noqa: SIM118
+    weights.export_big_vision(source, tmp_path / "out.npz")
+    with np.load(tmp_path / "out.npz", allow_pickle=False) as found:
+        assert not [key for key in found if "distill" in key]
 
 
 def test_weights_are_cut_into_files_of_the_size_asked_for(run, tmp_path):
@@ -389,7 +405,16 @@ def test_an_export_whose_heads_are_lost_or_damaged_is_refused(exported, tmp_path
     [
         ("/models/paligemma2-3b-pt-224", "google/paligemma2-3b-pt-224"),
         ("gs://b/paligemma2-10b-mix-448.b16.npz", "google/paligemma2-10b-mix-448"),
+        ("google/paligemma2-3b-ft-docci-448", "google/paligemma2-3b-ft-docci-448"),
+        ("/c/models--google--paligemma2-28b-pt-896/snapshots/a1b", "google/paligemma2-28b-pt-896"),
         ("pt_3b_224.npz", None),
+        # Of one's own, though named after them.
+        ("/models/paligemma2-3b-tvsum-ours-224", None),
+        ("/models/ours-paligemma2-3b-pt-224", None),
+        ("/models/paligemma2-3b-pt-224-tuned", None),
+        ("/models/paligemma2-3b-pt-224/tuned", None),
+        ("/c/models--someone--paligemma2-3b-pt-224/snapshots/a1b", None),
+        ("paligemma2-3b-mix-896", None),  # there is none
     ],
 )
 def test_the_card_names_a_base_model_that_the_path_still_tells(path, name):

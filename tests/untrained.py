@@ -27,7 +27,11 @@ def save_checkpoint(
     folder: pathlib.Path, config: Config, model_config: PaliGemma2Config, *, seed: int = 0
 ) -> None:
     """Random parameters as step 1."""
-    params = paligemma2.init_params(model_config, jax.random.key(seed))
+    save_params(folder, config, paligemma2.init_params(model_config, jax.random.key(seed)))
+
+
+def save_params(folder: pathlib.Path, config: Config, params: paligemma2.Params) -> None:
+    """Given parameters as step 1."""
     state = train_step.init_state(params, optax.sgd(0.1))
     data_iter = iter(grain.MapDataset.range(1).to_iter_dataset())
     with checkpoints.Checkpoints(folder / runs.CHECKPOINT_FOLDER, config.checkpoint) as saved:

@@ -359,6 +359,56 @@ def model_card(
       gemma_terms: the weights descend from Google's, so the Gemma Terms of Use go with them. The
         terms count a model that was distilled from such a one, even from scratch, as descending.
     """
+    return _render(
+        "model_card.md",
+        config=config,
+        title=title,
+        deevisum=deevisum,
+        report=report,
+        dataset=dataset,
+        base_model=base_model,
+        gemma_terms=gemma_terms,
+    )
+
+
+def adapter_card(
+    config: PaliGemma2Config,
+    *,
+    title: str,
+    deevisum: Mapping[str, Any],
+    report: Mapping[str, Any] | None,
+    dataset: str,
+    base: str,
+    is_on_hub: bool,
+    base_softcap: float,
+    gemma_terms: bool,
+) -> str:
+    """README.md of an adapter in PEFT's form; arguments as `model_card`.
+
+    `base` is the model that it belongs to, a path or the name on the Hub, as `is_on_hub` says;
+    `base_softcap` what its logits are capped at, 0 = none.
+    """
+    return _render(
+        "adapter_card.md",
+        config=config,
+        title=title,
+        deevisum=deevisum,
+        report=report,
+        dataset=dataset,
+        base=base,
+        is_on_hub=is_on_hub,
+        base_softcap=base_softcap,
+        resample=RESAMPLE[deevisum["resize"]],
+        gemma_terms=gemma_terms,
+    )
+
+
+def modeling_code() -> str:
+    """The text of modeling_deevisum.py."""
+    return (pathlib.Path(__file__).parent / "torch" / MODELING_FILE).read_text(encoding="utf-8")
+
+
+def _render(template: str, **values: Any) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent / "templates"),
         undefined=jinja2.StrictUndefined,
@@ -368,16 +418,8 @@ def model_card(
     )
     # JSON strings are YAML strings and Python strings.
     environment.filters["quoted"] = lambda text: json.dumps(text, ensure_ascii=False)
-    return environment.get_template("model_card.md").render(
-        config=config,
-        title=title,
-        deevisum=deevisum,
-        report=report,
-        dataset=dataset,
-        base_model=base_model,
-        gemma_terms=gemma_terms,
-        gemma_notice=GEMMA_NOTICE,
-        gemma_url=GEMMA_TERMS_URL,
+    return environment.get_template(template).render(
+        gemma_notice=GEMMA_NOTICE, gemma_url=GEMMA_TERMS_URL, **values
     )
 
 
@@ -433,8 +475,7 @@ def write_folder(
     if gemma_terms:
         texts[NOTICE] = GEMMA_NOTICE + "\n"
     if deevisum is not None:
-        code = pathlib.Path(__file__).parent / "torch" / MODELING_FILE
-        texts[MODELING_FILE] = code.read_text(encoding="utf-8")
+        texts[MODELING_FILE] = modeling_code()
     for name, text in texts.items():
         write_whole(folder / name, text)
     save_tokenizer(tokenizer, folder / TOKENIZER_MODEL)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
+from flax.traverse_util import flatten_dict
 
 from deevisum_jax.convert import big_vision, hf_folder, huggingface, tokenizer_json
 from deevisum_jax.convert.hf_folder import Facts
@@ -31,6 +33,7 @@ from deevisum_jax.models.paligemma2 import (
     abstract_params,
     get_config,
     table_rows,
+    without_lora,
 )
 
 BIG_VISION, HUGGING_FACE = "big_vision", "huggingface"
@@ -153,12 +156,18 @@ class Released:
             )
         return report
 
-    def fill(self, config: PaliGemma2Config, abstract: Params) -> Params:
+    def fill(
+        self,
+        config: PaliGemma2Config,
+        abstract: Params,
+        finish: Callable[[str, jax.Array], Any] | None = None,
+    ) -> Params:
         """The parameters `img` and `llm`, and `exits` if they come along; see `rows.fill`.
 
         Args:
           config: of the model.
           abstract: shapes, dtypes and shardings of all of its parameters.
+          finish: as of `rows.fill`.
 
         Raises:
           UserError: as `match`; or a file is damaged.
@@ -168,7 +177,25 @@ class Released:
             huggingface.check_tied(self.lm_head, self.tensors[huggingface.EMBED_TOKENS])
         config = self._with_own_exits(config)
         wanted = {name: abstract[name] for name in abstract_params(config)}
-        return fill({**self.tensors, **self.heads}, self._rows(config), wanted)
+        return fill({**self.tensors, **self.heads}, self._rows(config), wanted, finish)
+
+    def rows(self, config: PaliGemma2Config, path: str, stop: int | None = None) -> np.ndarray:
+        """float32, one parameter, or its first `stop` rows: of a stacked one, layers.
+
+        Args:
+          config: of the model, whose sizes these are.
+          path: of the parameter.
+          stop: None = all.
+
+        Raises:
+          UserError: a file is damaged.
+        """
+        [row] = [row for row in self._rows(config) if row.target == path]
+        plain = flatten_dict(abstract_params(without_lora(config)), sep="/")
+        first, *others = plain[path].shape
+        wanted = jax.ShapeDtypeStruct((stop or first, *others), np.float32)
+        [found] = jax.tree.leaves(fill(self.tensors, [row], {path: wanted}))
+        return np.asarray(found)
 
     def vocab_padding(self, config: PaliGemma2Config) -> np.ndarray | None:
         """Rows of the token table behind the vocabulary, [rows, D]; None if there are none."""

@@ -117,6 +117,22 @@ class Converted:
     transform: str
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layered:
+    """A parameter stacked over layers, of which one layer is made at a time when it is read."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    layer: Callable[[int], np.ndarray]  # of the shape behind the first dimension
+
+    def __getitem__(self, where: tuple[int | slice, ...]) -> np.ndarray:
+        first, *others = where
+        if isinstance(first, int):
+            return self.layer(first)[tuple(others)]
+        layers = range(self.shape[0])[first]
+        return np.stack([self.layer(i)[tuple(others)] for i in layers])
+
+
 def match(
     tensors: Mapping[str, Tensor],
     rows: Sequence[Row],
@@ -182,7 +198,12 @@ def match(
     return report
 
 
-def fill(tensors: Mapping[str, Tensor], rows: Sequence[Row], abstract: Params) -> Params:
+def fill(
+    tensors: Mapping[str, Tensor],
+    rows: Sequence[Row],
+    abstract: Params,
+    finish: Callable[[str, jax.Array], Any] | None = None,
+) -> Params:
     """Makes parameters of a checkpoint's tensors, one after the other, where they are to live.
 
     Memory beyond the result: a few slabs; and where the result is not in the host's own memory,
@@ -195,9 +216,11 @@ def fill(tensors: Mapping[str, Tensor], rows: Sequence[Row], abstract: Params) -
       rows: one per parameter.
       abstract: shapes, dtypes and (if any) shardings of what is to be filled, as
         `sharding.abstract` makes it.
+      finish: what is made of each parameter, given its path, as soon as it is filled; then they are
+        filled one at a time, since what is made of one is meant to be smaller.
 
     Returns:
-      Nested dictionary of jax arrays.
+      Nested dictionary of jax arrays, or of what `finish` returns.
 
     Raises:
       UserError: a file is damaged, or holds numbers that are not finite.
@@ -207,9 +230,13 @@ def fill(tensors: Mapping[str, Tensor], rows: Sequence[Row], abstract: Params) -
     rows = sorted(rows, key=lambda row: -math.prod(targets[row.target].shape))
     with (
         concurrent.futures.ThreadPoolExecutor(_NUM_READERS) as readers,
-        concurrent.futures.ThreadPoolExecutor(_NUM_FILLED) as fillers,
+        concurrent.futures.ThreadPoolExecutor(1 if finish else _NUM_FILLED) as fillers,
     ):
-        fill_row = lambda row: _fill_one(tensors, row, targets[row.target], readers)
+
+        def fill_row(row: Row) -> Any:
+            array = _fill_one(tensors, row, targets[row.target], readers)
+            return finish(row.target, array) if finish else array
+
         arrays = list(fillers.map(fill_row, rows))
     filled = {row.target: array for row, array in zip(rows, arrays, strict=True)}
     return unflatten_dict(filled, sep="/")
@@ -219,7 +246,7 @@ def spill(params: Params, rows: Sequence[Row]) -> dict[str, Tensor]:
     """The tensors that a foreign checkpoint is made of, read from the parameters when walked over.
 
     Args:
-      params: nested dictionary of arrays, on any devices of this process.
+      params: nested dictionary of arrays, on any devices of this process, or of `Layered`.
       rows: the table of that checkpoint.
     """
     leaves = flatten_dict(params, sep="/")
@@ -252,8 +279,8 @@ class _Piece:
                 leaf = jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False)
             part = np.asarray(jax.lax.dynamic_slice_in_dim(leaf, start, stop - start, axis))
         else:
-            part = np.asarray(leaf)[self.index]
-            part = part[(slice(None),) * axis + (slice(start, stop),)]
+            where = (*self.index, *(slice(None),) * axis, slice(start, stop))
+            part = leaf[where] if isinstance(leaf, Layered) else np.asarray(leaf)[where]
         foreign = part.transpose(np.argsort(self.row.order))
         out = np.empty(foreign.shape, foreign.dtype)
         _copy(out, foreign)

@@ -24,6 +24,8 @@ from deevisum_jax.data.subtitles import Cue
 from deevisum_jax.errors import UserError
 
 Record = Mapping[str, Any]
+# Fields of a `Batch`, of one segment or stacked: arrays, and `teachers` with arrays by two names.
+Row = dict[str, Any]
 
 
 def video_from_record(record: Record) -> Video:
@@ -63,15 +65,27 @@ class Annotation:
     score: np.ndarray  # float32[M], mean annotation scaled to [0, 1] within the video
 
 
-def annotation_of(record: Record, bounds: np.ndarray, label_fraction: float) -> Annotation:
+def annotation_of(
+    record: Record, bounds: np.ndarray, label_fraction: float, num_annotators: int = 0
+) -> Annotation:
     """Mean annotation per segment, scaled to [0, 1] as the field's `gtscore`, and its best part.
 
     Args:
       record: a video record with `user_scores float[U, N]`, U > 0, at `score_times float[N]`.
       bounds: `float[M, 2]` segments in seconds.
       label_fraction: share of the segments whose label is 1, at least one segment.
+      num_annotators: the first so many are asked; 0 = all.
+
+    Raises:
+      UserError: the video has fewer.
     """
-    mean = np.asarray(record["user_scores"], np.float64).mean(axis=0)
+    scores = np.asarray(record["user_scores"], np.float64)
+    if num_annotators > len(scores):
+        raise UserError(
+            f"data.num_annotators={num_annotators}, but video {record['video_id']} has "
+            f"{len(scores)}; ask for fewer, or for all with 0"
+        )
+    mean = scores[: num_annotators or None].mean(axis=0)
     times = np.asarray(record["score_times"])
     centre = bounds.mean(axis=1)
     inside = (times >= bounds[:, :1]) & (times < bounds[:, 1:])
@@ -102,6 +116,7 @@ class SegmentSource:
         *,
         segment_s: float,
         label_fraction: float,
+        num_annotators: int = 0,
         cache_mib: int = 1024,
         augmented: bool = False,
     ) -> None:
@@ -112,6 +127,7 @@ class SegmentSource:
           encoder: makes pictures and prompts of their segments.
           segment_s: length of a segment in seconds.
           label_fraction: as in `annotation_of`.
+          num_annotators: as in `annotation_of`.
           cache_mib: memory for stored pictures and prompts.
           augmented: whether `changed` changes pictures.
 
@@ -129,7 +145,7 @@ class SegmentSource:
             bounds = segment_bounds(float(record["duration_s"]), segment_s)
             self.bounds.append(bounds)
             if len(record["user_scores"]):
-                annotation = annotation_of(record, bounds, label_fraction)
+                annotation = annotation_of(record, bounds, label_fraction, num_annotators)
             else:
                 self.without_scores.append(record["video_id"])
                 annotation = Annotation(
@@ -137,14 +153,15 @@ class SegmentSource:
                 )
             self._annotations.append(annotation)
         self._first = np.cumsum([0] + [len(bounds) for bounds in self.bounds])
+        self._teachers: dict[str, Sequence[Mapping[str, np.ndarray]]] = {}
 
     def __len__(self) -> int:
         return int(self._first[-1])
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: int) -> Row:
         return self._row(index, None)
 
-    def changed(self, index: int, key: Sequence[int]) -> dict[str, np.ndarray]:
+    def changed(self, index: int, key: Sequence[int]) -> Row:
         """Segment `index` for training: if the source is augmented, with changed pictures.
 
         Args:
@@ -154,7 +171,7 @@ class SegmentSource:
         change = augment.draw(np.random.default_rng(key)) if self._augmented else None
         return self._row(index, change)
 
-    def _row(self, index: int, change: augment.Augmentation | None) -> dict[str, np.ndarray]:
+    def _row(self, index: int, change: augment.Augmentation | None) -> Row:
         row = int(np.searchsorted(self._first, index, side="right")) - 1
         segment = int(index - self._first[row])
         start_s, end_s = self.bounds[row][segment]
@@ -170,7 +187,7 @@ class SegmentSource:
             cached.text[read] = self._encoder.text(
                 cached.video, start_s, end_s, sound=cached.sound[heard], label=label
             )
-        return _fields(
+        fields: Row = _fields(
             self._encoder.frames(cached.video, start_s, end_s, change),
             cached.text[read],
             label=label,
@@ -178,6 +195,32 @@ class SegmentSource:
             video_id=row,
             segment=segment,
         )
+        if self._teachers:
+            fields["teachers"] = {name: said[index] for name, said in self._teachers.items()}
+        return fields
+
+    def with_teachers(
+        self, said: Mapping[str, Sequence[Mapping[str, np.ndarray]]]
+    ) -> SegmentSource:
+        """The same segments, each with what teachers say of it; decoded videos are shared.
+
+        A row then has one more field, `teachers`: by name, the unbatched `TeacherOutputs`.
+
+        Args:
+          said: by the teacher's name, its outputs for every segment of this source, in order.
+
+        Raises:
+          UserError: they are for more segments than there are, or for fewer.
+        """
+        for name, outputs in said.items():
+            if len(outputs) != len(self):
+                raise UserError(
+                    f"the {name}'s cached outputs are for {len(outputs)} segments, and there are "
+                    f"{len(self)} to train on; delete them, and cache them again with this config"
+                )
+        other = copy.copy(self)
+        other._teachers = dict(said)
+        return other
 
     def without(self, *inputs: str) -> SegmentSource:
         """The same segments with some of `typing.INPUTS` withheld; decoded videos are shared."""
@@ -263,7 +306,7 @@ class _VideoCache:
         return cached
 
 
-class TrainIterator(Iterator[dict[str, np.ndarray]]):
+class TrainIterator(Iterator[Row]):
     """Endless shuffled batches, as dicts of the fields of a `Batch`.
 
     What is random in a row depends on the seed and the row's place in the whole order alone: not on
@@ -286,9 +329,9 @@ class TrainIterator(Iterator[dict[str, np.ndarray]]):
         # What the order depends on.
         self._order = {"segments": len(source), "seed": seed, "batch_size": batch_size}
         self._taken = 0
-        self._batches: Iterator[dict[str, np.ndarray]] | None = None
+        self._batches: Iterator[Row] | None = None
 
-    def __next__(self) -> dict[str, np.ndarray]:
+    def __next__(self) -> Row:
         if self._batches is None:
             following = grain.MapDataset.range(self._taken, sys.maxsize // self._batch_size)
             self._batches = iter(
@@ -300,7 +343,7 @@ class TrainIterator(Iterator[dict[str, np.ndarray]]):
         self._taken += 1
         return batch
 
-    def _read(self, batch: int) -> dict[str, np.ndarray]:
+    def _read(self, batch: int) -> Row:
         places = [int(batch * self._batch_size + row) for row in self._rows]
         return _stack(
             [self._source.changed(self._shuffled[place], (self._seed, place)) for place in places]
@@ -373,25 +416,32 @@ def train_iterator(
 
 
 def in_order(
-    source: Sequence[dict[str, np.ndarray]],
+    source: Sequence[Row],
     *,
     batch_size: int,
     rows: Sequence[int] | None = None,
-) -> Iterator[dict[str, np.ndarray]]:
+    first: int = 0,
+) -> Iterator[Row]:
     """Every segment once, in order; the last batch is filled up with rows of `valid=False`.
 
     Args:
       source: the segments.
       batch_size: global batch size.
       rows: as in `train_iterator`; all processes see the same number of batches.
+      first: the segment to begin with.
     """
     rows = np.arange(batch_size) if rows is None else np.asarray(rows)
-    for first in range(0, len(source), batch_size):
-        indices = first + rows
+    for start in range(first, len(source), batch_size):
+        indices = start + rows
         batch = _stack([source[min(int(i), len(source) - 1)] for i in indices])
         batch["valid"] &= indices < len(source)
         yield batch
 
 
-def _stack(rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+def _stack(rows: Sequence[Row]) -> Row:
+    return {
+        name: _stack([row[name] for row in rows])
+        if isinstance(value, Mapping)
+        else np.stack([row[name] for row in rows])
+        for name, value in rows[0].items()
+    }

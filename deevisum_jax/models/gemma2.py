@@ -117,11 +117,19 @@ class Attention(nnx.Module):
         Returns:
           float[B, T, D], and k and v with the new rows (None without a cache).
         """
-        q = layers.from_embed(x, self.q_einsum.w[...], "heads", "embed", "head_dim")
+        q = self.q_einsum
+        q = layers.from_embed(
+            x, q.w[...], "heads", "embed", "head_dim", adapter=layers.adapter(q, "w")
+        )
         q = layers.rope(q, positions)
         q = q * jnp.asarray(self.query_scale, q.dtype)
         k, v = (
-            layers.from_embed(x, self.kv_einsum.w[half], "kv_heads", "embed", "head_dim")
+            layers.from_embed(
+                x,
+                self.kv_einsum.w[half],
+                *("kv_heads", "embed", "head_dim"),
+                adapter=layers.adapter(self.kv_einsum, "w", half),
+            )
             for half in range(2)
         )
         k = layers.rope(k, positions)
@@ -131,7 +139,10 @@ class Attention(nnx.Module):
             v = jax.lax.dynamic_update_slice_in_dim(cached_v, v.astype(cached_v.dtype), start, 1)
             cached = (k, v)
         out = layers.attend(q, k.astype(x.dtype), v.astype(x.dtype), mask, self.logits_softcap)
-        out = layers.to_embed(out, self.attn_vec_einsum.w[...], "heads", "head_dim", "embed")
+        o = self.attn_vec_einsum
+        out = layers.to_embed(
+            out, o.w[...], "heads", "head_dim", "embed", adapter=layers.adapter(o, "w")
+        )
         return out, cached
 
 
@@ -145,9 +156,18 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         gate, up = (
-            layers.from_embed(x, self.gating_einsum[half], "embed", "mlp") for half in range(2)
+            layers.from_embed(
+                x,
+                self.gating_einsum[half],
+                *("embed", "mlp"),
+                adapter=layers.adapter(self, "gating_einsum", half),
+            )
+            for half in range(2)
         )
-        return layers.to_embed(layers.gated_gelu(gate, up), self.linear[...], "mlp", "embed")
+        x = layers.gated_gelu(gate, up)
+        return layers.to_embed(
+            x, self.linear[...], "mlp", "embed", adapter=layers.adapter(self, "linear")
+        )
 
 
 class Block(nnx.Module):

@@ -8,11 +8,13 @@ are used. The islands of float32 are marked in the code: norms, RoPE, attention 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from qwix import QArray
 
 from deevisum_jax import fsdp
 from deevisum_jax.errors import UserError, closest
@@ -180,35 +182,68 @@ class LayerNorm(nnx.Module):
         return out.astype(x.dtype)
 
 
-def from_embed(x: jax.Array, weight: Array, *axes: str) -> jax.Array:
+class Adapter(NamedTuple):
+    """What is trained beside a frozen weight; see `lora`."""
+
+    a: Array  # float32[*inputs, r]
+    b: Array  # float32[r, *outputs]
+    scale: float
+
+
+def adapter(module: nnx.Module, name: str, half: int | None = None) -> Adapter | None:
+    """The adapter of a module's weight, or of one half of a pair; None if there is none."""
+    a = getattr(module, f"{name}_lora_a", None)
+    if a is None:
+        return None
+    which = ... if half is None else half
+    return Adapter(a[which], getattr(module, f"{name}_lora_b")[which], module.lora_scale)
+
+
+def from_embed(
+    x: jax.Array, weight: Array | QArray, *axes: str, adapter: Adapter | None = None
+) -> jax.Array:
     """Contracts the model's width with a weight's dimension `embed`.
 
     Args:
       x: float[..., D].
       weight: a parameter, cast to the dtype of `x`.
       *axes: logical axes of the weight; see `fsdp.matrix`.
+      adapter: of the weight, with `inputs` the width.
 
     Returns:
       float[..., *others], the weight's other dimensions in order.
     """
     others = [size for size, axis in zip(weight.shape, axes, strict=True) if axis != "embed"]
     y = jnp.einsum("...D,DE->...E", x, fsdp.matrix(weight, *axes, dtype=x.dtype))
+    if adapter is not None:
+        a = fsdp.matrix(adapter.a, "embed", "rank", dtype=x.dtype)
+        b = adapter.b.astype(x.dtype).reshape(adapter.b.shape[0], -1)
+        low = jnp.einsum("...D,Dr->...r", x, a) * jnp.asarray(adapter.scale, x.dtype)
+        y = y + jnp.einsum("...r,rE->...E", low, b)
     return y.reshape(*y.shape[:-1], *others)
 
 
-def to_embed(x: jax.Array, weight: Array, *axes: str) -> jax.Array:
+def to_embed(
+    x: jax.Array, weight: Array | QArray, *axes: str, adapter: Adapter | None = None
+) -> jax.Array:
     """The way back: contracts all of a weight's dimensions but `embed`.
 
     Args:
       x: float[..., *others], the weight's other dimensions in order.
       weight: a parameter, cast to the dtype of `x`.
       *axes: logical axes of the weight; see `fsdp.matrix`.
+      adapter: of the weight, with `outputs` the width.
 
     Returns:
       float[..., D].
     """
     x = x.reshape(*x.shape[: x.ndim - len(axes) + 1], -1)
     y = jnp.einsum("...E,DE->...D", x, fsdp.matrix(weight, *axes, dtype=x.dtype))
+    if adapter is not None:
+        a = adapter.a.astype(x.dtype).reshape(-1, adapter.a.shape[-1])
+        b = fsdp.matrix(adapter.b, "rank", "embed", dtype=x.dtype)
+        low = jnp.einsum("...E,Er->...r", x, a) * jnp.asarray(adapter.scale, x.dtype)
+        y = y + jnp.einsum("...r,Dr->...D", low, b)
     return checkpoint_name(y, _OUTPUTS)
 
 
@@ -240,7 +275,7 @@ class Projection(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel, bias = self.kernel[...], self.bias[...].astype(x.dtype)
         if self.axes[0] == "embed":
-            return from_embed(x, kernel, *self.axes) + bias
+            return from_embed(x, kernel, *self.axes, adapter=adapter(self, "kernel")) + bias
         if self.axes[-1] == "embed":
             return to_embed(x, kernel, *self.axes) + bias
         return jnp.tensordot(x, kernel.astype(x.dtype), kernel.ndim - bias.ndim) + bias

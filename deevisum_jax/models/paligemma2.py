@@ -23,8 +23,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deevisum_jax.config import LoraConfig
 from deevisum_jax.errors import UserError
-from deevisum_jax.models import layers, masks, pytree
+from deevisum_jax.models import layers, lora, masks, pytree
 from deevisum_jax.models.exits import ExitHeads
 from deevisum_jax.models.gemma2 import Gemma2, Gemma2Config, KVCache
 from deevisum_jax.models.pytree import Params
@@ -38,7 +39,8 @@ class PaliGemma2Config:
     """A model's sizes, exits and numbers.
 
     Raises:
-      UserError: exits out of order or out of range, an unknown dtype or rematerialisation policy.
+      UserError: exits out of order or out of range, an unknown dtype or rematerialisation policy,
+        adapters that it cannot have.
     """
 
     img: SiglipConfig
@@ -48,6 +50,7 @@ class PaliGemma2Config:
     dtype: str = "float32"  # of activations and matrix products
     param_dtype: str = "float32"  # of stored parameters
     remat_policy: str | None = None  # None keeps all activations for the backward pass
+    lora: LoraConfig | None = None  # adapters; rank 0 becomes None
 
     def __post_init__(self):
         # Configuration files hold lists.
@@ -65,6 +68,10 @@ class PaliGemma2Config:
         for field in ("dtype", "param_dtype"):
             pytree.check_dtype(field, getattr(self, field))
         layers.check_remat_policy(self.remat_policy)
+        if self.lora is not None:
+            lora.check(self.lora, head_dim=self.llm.head_dim, mlp_dim=self.llm.mlp_dim)
+            if not self.lora.rank:
+                object.__setattr__(self, "lora", None)
 
 
 _SO400M = SiglipConfig(
@@ -141,6 +148,19 @@ VARIANTS: dict[str, PaliGemma2Config] = {
         ),
     ),
     "quickstart_mentor": PaliGemma2Config(
+        img=SiglipConfig(image_size=64, patch_size=16, width=80, depth=3, mlp_dim=240, num_heads=4),
+        llm=Gemma2Config(
+            vocab_size=1024,
+            width=128,
+            depth=7,
+            mlp_dim=384,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=32,
+            query_pre_attn_scalar=32,
+        ),
+    ),
+    "quickstart_teacher": PaliGemma2Config(
         img=SiglipConfig(image_size=64, patch_size=16, width=96, depth=3, mlp_dim=288, num_heads=4),
         llm=Gemma2Config(
             vocab_size=1024,
@@ -149,21 +169,6 @@ VARIANTS: dict[str, PaliGemma2Config] = {
             mlp_dim=576,
             num_heads=6,
             num_kv_heads=2,
-            head_dim=32,
-            query_pre_attn_scalar=32,
-        ),
-    ),
-    "quickstart_teacher": PaliGemma2Config(
-        img=SiglipConfig(
-            image_size=64, patch_size=16, width=128, depth=4, mlp_dim=384, num_heads=4
-        ),
-        llm=Gemma2Config(
-            vocab_size=1024,
-            width=256,
-            depth=10,
-            mlp_dim=768,
-            num_heads=8,
-            num_kv_heads=4,
             head_dim=32,
             query_pre_attn_scalar=32,
         ),
@@ -232,6 +237,8 @@ class PaliGemma2(nnx.Module):
         self.llm = Gemma2(config.llm, **kwargs)
         if config.exit_layers:
             self.exits = ExitHeads(len(config.exit_layers), config.llm.width, **kwargs)
+        if config.lora is not None:
+            lora.reserve(self, config.lora)
 
     def encode_frames(self, frames: Array) -> jax.Array:
         """Frames to soft tokens, zimg.
@@ -428,12 +435,20 @@ def init_params(config: PaliGemma2Config, key: jax.Array) -> Params:
     To have them placed on a mesh as they are made, jit this with `static_argnums=0` and
     `out_shardings=param_shardings(abstract_params(config), mesh)`.
     """
-    return pytree.init(PaliGemma2, config, key)
+    params = pytree.init(PaliGemma2, config, key)
+    if config.lora is None:
+        return params
+    # A key of their own: the weights are those of the model without adapters.
+    params = lora.add(params, config.lora, jax.random.fold_in(key, 1))
+    return lora.quantize(params, config.lora)
 
 
 def abstract_params(config: PaliGemma2Config) -> Params:
     """Shapes and dtypes of `init_params`, computed without memory or time."""
-    return pytree.abstract(PaliGemma2, config)
+    params = pytree.abstract(PaliGemma2, config)
+    if config.lora is None:
+        return params
+    return jax.eval_shape(functools.partial(lora.quantize, config=config.lora), params)
 
 
 def table_rows(num_pieces: int) -> int:
@@ -449,8 +464,13 @@ def without_exits(config: PaliGemma2Config) -> PaliGemma2Config:
     return dataclasses.replace(config, exit_layers=())
 
 
+def without_lora(config: PaliGemma2Config) -> PaliGemma2Config:
+    """The same model without adapters, nothing quantised."""
+    return dataclasses.replace(config, lora=None)
+
+
 def num_params(config: PaliGemma2Config) -> int:
-    """How many numbers the model has, exit heads included."""
+    """How many numbers the model has, exit heads and adapters included."""
     return pytree.num_params(abstract_params(config))
 
 

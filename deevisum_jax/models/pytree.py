@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -83,8 +84,8 @@ def abstract(make: Callable[..., nnx.Module], config: Any) -> Params:
 
 
 def num_params(params: Params) -> int:
-    """How many numbers a model has."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
+    """How many numbers a model has; scales of quantised ones are not counted."""
+    return sum(math.prod(leaf.shape) for leaf in flatten_dict(params).values())
 
 
 def bind(make: Callable[..., Model], config: Any, params: Params) -> Model:

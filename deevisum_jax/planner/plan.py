@@ -10,7 +10,7 @@ import math
 import re
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,16 +21,18 @@ from deevisum_jax import experiment, optim, sharding, train_step
 from deevisum_jax.config import Config
 from deevisum_jax.data import tokenizer
 from deevisum_jax.data.prompts import LABEL_WORDS
+from deevisum_jax.distill import objective, teachers
+from deevisum_jax.distill.objective import Distillation
 from deevisum_jax.errors import UserError
 from deevisum_jax.inference import scoring
-from deevisum_jax.models import paligemma2, pytree
+from deevisum_jax.models import lora, paligemma2, pytree
 from deevisum_jax.planner import chips, environment, model_flops
 from deevisum_jax.planner.chips import Topology
 from deevisum_jax.planner.collectives import Collective
 from deevisum_jax.planner.hlo import Program, Traffic
-from deevisum_jax.typing import Batch
+from deevisum_jax.typing import Batch, TeacherOutputs
 
-MODES = ("full", "score")
+MODES = ("full", "score", "cache_teacher")
 _GIB = 2**30
 _LARGEST = 10  # tensors shown
 _TRIED = 3  # compilations at most to find what fits
@@ -84,9 +86,12 @@ class Plan:
     mode: str  # of MODES
     mesh: dict[str, int]  # devices along data, fsdp, tensor
     batch_size: int
-    num_params: int
+    num_params: int  # of the model
+    num_adapter_params: int  # of these, in low-rank adapters
     state_bytes: int  # on one chip: what is there between steps
-    model_flops: int  # per chip: forward, times three in training; nothing recomputed
+    # Per chip, nothing recomputed: forward; of training also backward, twice that where all trains,
+    # and what teachers do that run beside.
+    model_flops: int
     # On one chip; None if it does not fit and the compiler does not say. Nothing is compiled if the
     # state alone does not fit, and this is no more than the state.
     needed_bytes: int | None
@@ -165,23 +170,31 @@ def _limit(topology: Topology) -> int:
     return round(topology.chip.hbm_gib * _GIB)
 
 
-def plan(config: Config, topology: Topology, mode: str) -> Plan:
+def plan(config: Config, topology: Topology, mode: str, stages: Sequence[Config] = ()) -> Plan:
     """Compiles for every chip of the slice; takes from seconds to minutes of CPU.
 
     Args:
-      config: an experiment. The tokenizer it names is read if there is one; else the vocabulary is
-        the variant's own and a label word is one token.
+      config: an experiment, or one of its stages. The tokenizer it names is read if there is one;
+        else the vocabulary is the variant's own and a label word is one token.
       topology: the slice.
-      mode: "full", an update of training, or "score", the scoring pass at `eval.batch_size`.
+      mode: "full", an update of training; "score", the scoring pass at `eval.batch_size`;
+        "cache_teacher", a pass at that size of a stage that others learn from.
+      stages: all of the experiment's, as `config.stages_from_file` gives them.
 
     Raises:
-      UserError: the mesh or the batch does not fit the slice, or as `experiment.model_config`.
+      UserError: the mesh or the batch does not fit the slice, nobody learns from the stage that is
+        to be cached, or as `experiment.model_config` and `objective.make`.
     """
     assert mode in MODES, mode
     mesh = sharding.make_mesh(
         **dataclasses.asdict(config.mesh), devices=environment.devices(topology)
     )
-    made = (_training if mode == "full" else _scoring)(config, mesh)
+    if mode == "full":
+        made = _training(config, mesh, stages)
+    elif mode == "score":
+        made = _scoring(config, mesh)
+    else:
+        made = _caching(config, mesh, stages)
     state_bytes = sum(placed.num_bytes for placed in made.placed)
     memory = cost = compiled = None
     before = time.process_time()
@@ -219,7 +232,8 @@ def plan(config: Config, topology: Topology, mode: str) -> Plan:
         mode=mode,
         mesh=sharding.sizes(mesh),
         batch_size=made.batch_size,
-        num_params=made.num_params,
+        num_params=pytree.num_params(made.params),
+        num_adapter_params=lora.num_params(made.params),
         state_bytes=state_bytes,
         model_flops=made.model_flops // topology.num_chips,
         needed_bytes=needed,
@@ -258,26 +272,30 @@ class _Made:
 
     lower: Callable[[], jax.stages.Lowered]
     batch_size: int
-    num_params: int
+    params: Any  # of the model, abstract
     model_flops: int  # of all chips together
     placed: list[Placed]
     notes: tuple[str, ...] = ()
 
 
-def _training(config: Config, mesh: jax.sharding.Mesh) -> _Made:
+def _training(config: Config, mesh: jax.sharding.Mesh, stages: Sequence[Config]) -> _Made:
     microbatch = config.batch_size // config.optim.accumulate_steps
     sharding.check_batch("batch_size / optim.accumulate_steps", microbatch, mesh)
-    model_config, num_label_tokens = _model(config)
+    model_config, num_targets = _model(config)
+    distill = _distillation(config, stages)
     schedule = optim.make_schedule(config.optim, config.total_steps)
     tx = optim.make_optimizer(config.optim, schedule)
-    shapes = jax.eval_shape(
-        lambda: train_step.init_state(
-            paligemma2.init_params(model_config, jax.random.key(0)), tx, config.optim.frozen
-        )
-    )
+
+    def first_state() -> train_step.TrainState:
+        key = jax.random.key(0)
+        params = paligemma2.init_params(model_config, key)
+        if distill and distill.layers:
+            params[optim.PROJECTIONS] = objective.init_projections(distill, model_config, key)
+        return train_step.init_state(params, tx, config.optim.frozen)
+
+    shapes = jax.eval_shape(first_state)
     shardings = train_step.state_shardings(shapes, tx, mesh)
     batch = _batch(config, model_config, config.batch_size, captions=True)
-    num_targets = num_label_tokens + 1 + config.data.caption_len  # and its end
     step = train_step.make_train_step(
         model_config,
         config.loss,
@@ -285,24 +303,130 @@ def _training(config: Config, mesh: jax.sharding.Mesh) -> _Made:
         schedule,
         num_targets=num_targets,
         accumulate_steps=config.optim.accumulate_steps,
+        distill=distill,
     )
-    update = train_step.jit(step, shardings, mesh)
-
-    def losses(params: Any, batch: Batch) -> Any:
-        model = paligemma2.bind(model_config, params)
-        return train_step.compute_losses(model, batch, config.loss, num_targets)[0]
-
-    params = optim.merge(shapes.params, shapes.frozen)
-    notes = ()
-    if config.optim.frozen:
-        notes = ("model FLOPs and MFU count frozen parameters as if they were trained",)
+    beside, flops, told = {}, 0, batch
+    if distill:
+        said, flops = _said(distill, batch, num_targets)
+        told = dataclasses.replace(batch, teachers=said)
+        if distill.online:
+            beside = _teacher_params(distill, mesh)
+        else:
+            batch, flops = told, 0
+    where = {name: found for name, (_, found) in beside.items()}
+    given = (shapes, batch)
+    if beside:
+        given += ({name: params for name, (params, _) in beside.items()},)
+    update = train_step.jit(step, shardings, mesh, where)
+    placed = {"": (shapes, shardings)} | {f"{name}/": found for name, found in beside.items()}
     return _Made(
-        lower=lambda: update.lower(shapes, batch),
+        lower=lambda: update.lower(*given),
         batch_size=config.batch_size,
-        num_params=pytree.num_params(params),
+        params=optim.of_model(optim.merge(shapes.params, shapes.frozen)),
+        model_flops=flops + _flops(config, model_config, shapes, told, num_targets, distill),
+        placed=[
+            dataclasses.replace(one, path=prefix + one.path)
+            for prefix, trees in placed.items()
+            for one in _placed(*trees)
+        ],
+    )
+
+
+def _flops(
+    config: Config,
+    model_config: paligemma2.PaliGemma2Config,
+    state: train_step.TrainState,
+    batch: Batch,
+    num_targets: int,
+    distill: Distillation | None,
+) -> int:
+    """Of the losses and their gradient, on all chips together."""
+
+    def losses(trainable: Any, frozen: Any, batch: Batch) -> Any:
+        params = optim.merge(trainable, frozen)
+        projections = params.pop(optim.PROJECTIONS, None)
+        # Kept, not computed again.
+        config_ = dataclasses.replace(model_config, remat_policy=None)
+        model = paligemma2.bind(config_, params)
+        parts, weights = train_step.compute_losses(
+            model, batch, config.loss, num_targets, distill, projections
+        )
+        return sum(weights[name] * part.sum for name, part in parts.items())
+
+    if not jax.tree.leaves(state.frozen):
         # Backward is two products for each of forward's.
-        model_flops=3 * model_flops.count(losses, params, batch),
-        placed=list(_placed(shapes, shardings)),
+        return 3 * model_flops.count(losses, state.params, state.frozen, batch)
+    return model_flops.count(jax.grad(losses), state.params, state.frozen, batch)
+
+
+def _distillation(config: Config, stages: Sequence[Config]) -> Distillation | None:
+    """What a stage learns from the others, none of which need be trained."""
+    models = {stage.stage: _model(stage)[0] for stage in stages}
+    return objective.make(config, _model(config)[0], models)
+
+
+def _teacher_params(distill: Distillation, mesh: jax.sharding.Mesh) -> dict[str, tuple[Any, Any]]:
+    """Shapes and shardings of the teachers that run beside the student, by name."""
+    found = {}
+    for teacher in distill.teachers:
+        shapes = paligemma2.abstract_params(teacher.model_config)
+        found[teacher.name] = (shapes, sharding.param_shardings(shapes, mesh))
+    return found
+
+
+def _said(
+    distill: Distillation, batch: Batch, num_targets: int
+) -> tuple[dict[str, TeacherOutputs], int]:
+    """What the teachers say of a batch, as shapes, and the FLOPs it takes them."""
+    said, flops = {}, 0
+    for teacher in distill.teachers:
+
+        def answer(params: Any, batch: Batch, teacher: teachers.Teacher = teacher) -> Any:
+            model = paligemma2.bind(teacher.model_config, params)
+            return teachers.outputs(model, batch, teacher.asked, num_targets=num_targets)
+
+        params = paligemma2.abstract_params(teacher.model_config)
+        said[teacher.name] = jax.eval_shape(answer, params, batch)
+        flops += model_flops.count(answer, params, batch)
+    return said, flops
+
+
+def _caching(config: Config, mesh: jax.sharding.Mesh, stages: Sequence[Config]) -> _Made:
+    batch_size = config.eval.batch_size
+    sharding.check_batch("eval.batch_size", batch_size, mesh)
+    found = {
+        learner.stage: teacher
+        for learner in stages
+        if config.stage in learner.teachers
+        for teacher in _distillation(learner, stages).teachers
+        if teacher.name == config.stage
+    }
+    if not found:
+        raise UserError(
+            f"no other stage learns from {config.stage or 'this experiment'}, so there is nothing "
+            "to cache; give a config with stages, and --config.stage=teacher"
+        )
+    learner, teacher = next(iter(found.items()))
+    model_config, num_targets = _model(config)
+    params = paligemma2.abstract_params(model_config)
+    shardings = sharding.param_shardings(params, mesh)
+    batch = _batch(config, model_config, batch_size, captions=True)
+    answer = teachers.make_teacher_fn(
+        model_config, shardings, mesh, teacher.asked, num_targets=num_targets
+    )
+    others = [name for name, one in found.items() if one.asked != teacher.asked]
+    notes = (f"as the {learner} asks; differently by the {', '.join(others)}",) if others else ()
+
+    def outputs(params: Any, batch: Batch) -> TeacherOutputs:
+        model = paligemma2.bind(model_config, params)
+        return teachers.outputs(model, batch, teacher.asked, num_targets=num_targets)
+
+    return _Made(
+        lower=lambda: answer.lower(params, batch),
+        batch_size=batch_size,
+        params=params,
+        model_flops=model_flops.count(outputs, params, batch),
+        placed=list(_placed(params, shardings)),
         notes=notes,
     )
 
@@ -318,7 +442,7 @@ def _scoring(config: Config, mesh: jax.sharding.Mesh) -> _Made:
     return _Made(
         lower=lambda: score_fn.lower(params, batch),
         batch_size=batch_size,
-        num_params=pytree.num_params(params),
+        params=params,
         model_flops=model_flops.count(
             lambda params, batch: paligemma2.bind(model_config, params).score(batch), params, batch
         ),
@@ -327,12 +451,12 @@ def _scoring(config: Config, mesh: jax.sharding.Mesh) -> _Made:
 
 
 def _model(config: Config) -> tuple[paligemma2.PaliGemma2Config, int]:
-    """The model, and how many tokens the longest label word is."""
-    if not config.data.tokenizer:
-        return experiment.model_config(config), 1
-    tokens = tokenizer.load_tokenizer(config.data.tokenizer)
-    longest = max(len(tokens.encode(word)) for word in LABEL_WORDS)
-    return experiment.model_config(config, tokens), longest
+    """The model, and the most tokens that it learns to tell: label word, its end, caption."""
+    tokens, longest = None, 1
+    if config.data.tokenizer:
+        tokens = tokenizer.load_tokenizer(config.data.tokenizer)
+        longest = max(len(tokens.encode(word)) for word in LABEL_WORDS)
+    return experiment.model_config(config, tokens), longest + 1 + config.data.caption_len
 
 
 def _batch(
@@ -364,7 +488,8 @@ def _placed(shapes: Any, shardings: Any) -> Iterator[Placed]:
             shape=leaf.shape,
             dtype=leaf.dtype.name,
             parts=tuple(whole // own for whole, own in zip(leaf.shape, shard, strict=True)),
-            num_bytes=math.prod(shard) * leaf.dtype.itemsize,
+            # Codes of 4 bits are two to a byte.
+            num_bytes=math.prod(shard) * jax.dtypes.itemsize_bits(leaf.dtype) // 8,
         )
 
 
@@ -435,7 +560,7 @@ class Advice:
     tried: tuple[str, ...]  # what was compiled or ruled out, and how that ended
 
 
-def advise(config: Config, refused: Plan) -> Advice:
+def advise(config: Config, refused: Plan, stages: Sequence[Config] = ()) -> Advice:
     """Looks for a larger slice, and for a smaller batch on the same one, that fit.
 
     Compiles at most three candidates for each, and none with more than 1024 rows of the batch on a
@@ -443,13 +568,15 @@ def advise(config: Config, refused: Plan) -> Advice:
     """
     tried: list[str] = []
     return Advice(
-        topology=_larger_topology(config, refused, tried),
-        batch_size=_smaller_batch(config, refused, tried),
+        topology=_larger_topology(config, refused, tried, stages),
+        batch_size=_smaller_batch(config, refused, tried, stages),
         tried=tuple(tried),
     )
 
 
-def _larger_topology(config: Config, refused: Plan, tried: list[str]) -> Topology | None:
+def _larger_topology(
+    config: Config, refused: Plan, tried: list[str], stages: Sequence[Config]
+) -> Topology | None:
     ratio = (refused.needed_bytes or 0) / refused.hbm_limit
     unit = _row_on_each(config, refused)
     compiled = 0
@@ -465,7 +592,7 @@ def _larger_topology(config: Config, refused: Plan, tried: list[str]) -> Topolog
         if compiled == _TRIED:
             break
         try:
-            found = plan(config, candidate, refused.mode)
+            found = plan(config, candidate, refused.mode, stages)
         except UserError as error:
             tried.append(f"{candidate.name}: {str(error).splitlines()[0]}")
             continue
@@ -476,7 +603,9 @@ def _larger_topology(config: Config, refused: Plan, tried: list[str]) -> Topolog
     return None
 
 
-def _smaller_batch(config: Config, refused: Plan, tried: list[str]) -> int | None:
+def _smaller_batch(
+    config: Config, refused: Plan, tried: list[str], stages: Sequence[Config]
+) -> int | None:
     unit = _row_on_each(config, refused)
     lowest, highest = 0, refused.batch_size // unit  # known to fit if not 0; known not to
     room = refused.hbm_limit - refused.state_bytes
@@ -497,7 +626,8 @@ def _smaller_batch(config: Config, refused: Plan, tried: list[str]) -> int | Non
         if highest - lowest <= 1:
             break
         guess = min(max(guess, lowest + 1), highest - 1)
-        found = plan(with_batch(config, refused.mode, guess * unit), refused.topology, refused.mode)
+        smaller = with_batch(config, refused.mode, guess * unit)
+        found = plan(smaller, refused.topology, refused.mode, stages)
         tried.append(f"{refused.topology.name}, batch {guess * unit}: {in_short(found)}")
         if found.fits:
             lowest = guess

@@ -19,9 +19,13 @@ def text(variant: str, plan: Plan) -> str:
     """A page on one plan, all figures of one chip and one step."""
     chip = plan.topology.chip
     mesh = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
+    adapters = ""
+    if plan.num_adapter_params:
+        adapters = f" (of them {plan.num_adapter_params / 1e6:.3f}e6 in adapters)"
     lines = [
         f"{variant}, {plan.mode}, on {plan.topology.name}: {in_short(plan)} per chip",
-        f"  {plan.num_params / 1e9:.3f}e9 parameters, batch {plan.batch_size}, mesh {mesh}",
+        f"  {plan.num_params / 1e9:.3f}e9 parameters{adapters}, batch {plan.batch_size}, "
+        f"mesh {mesh}",
     ]
     if plan.fits:
         memory, cost = plan.memory, plan.cost

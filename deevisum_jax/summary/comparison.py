@@ -2,7 +2,8 @@
 
 Videos are what is sampled: a data set has few of them, and they differ more than methods do.
 Intervals are percentile bootstraps over videos (Efron and Tibshirani 1993, chapter 13), tests of
-two methods are paired by video. What varies between training runs is not in them.
+two methods are paired by video. What varies between training runs is not in them: that is what
+`paired_t` tells, of methods that were trained with several seeds each.
 
 A mean may weigh videos differently: of folds that overlap, it counts some repeatedly.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+from scipy import special
 
 from deevisum_jax.errors import UserError
 
@@ -24,6 +26,8 @@ TEST = (
     f"sign-flip permutation test over videos, two-sided: all flips of up to {_MOST_EXACT} videos, "
     f"{_NUM_DRAWS:,} drawn ones of more"
 )
+INTERVAL_OVER_RUNS = f"{100 * LEVEL:g} % interval of the mean difference, Student's t over runs"
+TEST_OVER_RUNS = "paired t-test over runs, two-sided"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +41,17 @@ class Comparison:
     exact: bool  # p is over all sign flips, not over drawn ones
     wins: int  # videos on which the first is better
     losses: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunsComparison:
+    """The first method less the second on one metric, trained in pairs of one seed each."""
+
+    difference: float  # of the means
+    low: float  # its interval
+    high: float
+    p: float  # of the paired t-test, two-sided
+    num_runs: int  # of each method
 
 
 def intervals(
@@ -124,6 +139,45 @@ def compare(
         exact=exact,
         wins=int((difference > 0).sum()),
         losses=int((difference < 0).sum()),
+    )
+
+
+def paired_t(first: np.ndarray, second: np.ndarray) -> RunsComparison:
+    """Two methods trained with the same seeds: mean difference, its interval, p of the t-test.
+
+    It takes differences to be normal, which few runs cannot show. Sign flips assume less and tell
+    too little: five runs have 2**5 of them, so p would never be below 2 / 32 = 0.0625.
+
+    Args:
+      first: float[R], a number of each run.
+      second: float[R], of the same seeds in the same order.
+
+    Returns:
+      If all runs differ by the same, the interval is that point, and p is 0, or 1 if nothing
+      differs.
+
+    Raises:
+      UserError: shapes differ, or there are fewer than two runs.
+    """
+    first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
+    if first.shape != second.shape or first.ndim != 1 or len(first) < 2:
+        raise UserError(
+            "a comparison over runs wants at least two of each method, of the same seeds, got "
+            f"{first.shape} and {second.shape} values"
+        )
+    difference = first - second
+    R = len(difference)
+    mean = difference.mean()
+    error = difference.std(ddof=1) / np.sqrt(R)  # standard error of the mean
+    rounding = 1e-12 * max(abs(first).max(), abs(second).max())
+    if error <= rounding:
+        low, high, p = mean, mean, float(abs(mean) <= rounding)
+    else:
+        reach = special.stdtrit(R - 1, (1 + LEVEL) / 2) * error
+        low, high = mean - reach, mean + reach
+        p = 2 * special.stdtr(R - 1, -abs(mean) / error)
+    return RunsComparison(
+        difference=float(mean), low=float(low), high=float(high), p=float(p), num_runs=R
     )
 
 

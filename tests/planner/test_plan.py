@@ -24,6 +24,7 @@ def made(**changes) -> Plan:
         "mesh": {"data": 1, "fsdp": 16, "tensor": 1},
         "batch_size": 64,
         "num_params": 3_000_000_000,
+        "num_adapter_params": 0,
         "state_bytes": 2 * GIB,
         "model_flops": round(197e12 / 10),
         "needed_bytes": 4 * GIB,
@@ -152,7 +153,7 @@ def compiler(monkeypatch, gib_of) -> list[tuple[str, int]]:
     """Has `plan.plan` take `gib_of(chips, batch)` of memory; returns what is compiled."""
     compiled = []
 
-    def fake(config, topology, mode):
+    def fake(config, topology, mode, stages):
         needed = gib_of(topology.num_chips, config.batch_size)
         compiled.append((topology.name, config.batch_size))
         changes = {"topology": topology, "batch_size": config.batch_size}
@@ -220,7 +221,7 @@ def test_no_batch_makes_room_for_the_state(monkeypatch, tiny_config):
 
 
 def test_advice_passes_over_slices_that_the_config_does_not_suit(monkeypatch, tiny_config):
-    def fake(config, topology, mode):
+    def fake(config, topology, mode, stages):
         if topology.num_chips == 32:
             raise UserError("batch_size=48 is not divisible by 32\nmore")
         return made(topology=topology)
@@ -244,6 +245,12 @@ def test_a_page_says_what_was_planned():
         "note: a note",
     ):
         assert words in page
+
+
+def test_a_page_says_how_many_numbers_adapters_have():
+    page = report.text("paligemma2_3b", made(num_adapter_params=10_383_360))
+    assert "3.000e9 parameters (of them 10.383e6 in adapters), batch 64" in page
+    assert "in adapters" not in report.text("paligemma2_3b", made())
 
 
 def test_a_page_on_what_does_not_fit_has_the_reason():

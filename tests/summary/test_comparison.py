@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from deevisum_jax.errors import UserError
 from deevisum_jax.summary import comparison
@@ -72,7 +73,42 @@ def test_p_is_never_0_and_1_where_nothing_differs():
     assert (swapped.difference, swapped.low) == (-better.difference, -better.high)
 
 
+def test_the_paired_t_test_by_hand():
+    # Differences 1, 2, 3: mean 2, standard error 1 / sqrt(3), so t = 2 sqrt(3) with 2 degrees of
+    # freedom, where P(T > t) = 1/2 - t / (2 sqrt(t**2 + 2)): p = 1 - sqrt(12 / 14).
+    pair = comparison.paired_t(np.array([2.0, 4.0, 4.0]), np.array([1.0, 2.0, 1.0]))
+    assert (pair.difference, pair.num_runs) == (2.0, 3)
+    assert pair.p == pytest.approx(1 - (12 / 14) ** 0.5)
+    # The 97.5th percentile of that distribution is 0.95 sqrt(2 / (1 - 0.95**2)).
+    reach = 0.95 * (2 / (1 - 0.95**2)) ** 0.5 / 3**0.5
+    assert (pair.low, pair.high) == pytest.approx((2 - reach, 2 + reach))
+
+
+def test_the_paired_t_test_agrees_with_scipys():
+    rng = np.random.default_rng(4)
+    for shift in (0.0, 0.3, -2.0):
+        first, second = rng.normal(shift, 1, 5), rng.normal(size=5)
+        wanted = stats.ttest_rel(first, second)
+        pair = comparison.paired_t(first, second)
+        assert pair.p == pytest.approx(wanted.pvalue)
+        assert (pair.low, pair.high) == pytest.approx(tuple(wanted.confidence_interval(0.95)))
+
+
+def test_runs_that_all_differ_by_the_same():
+    # In float64, 0.3 - 0.2, 0.4 - 0.3 and 0.5 - 0.4 are not equal.
+    pair = comparison.paired_t(np.array([0.3, 0.4, 0.5]), np.array([0.2, 0.3, 0.4]))
+    assert (pair.p, pair.low, pair.high) == (0.0, pair.difference, pair.difference)
+    assert comparison.paired_t(np.ones(5), np.ones(5)).p == 1.0
+    assert comparison.paired_t(np.zeros(5), np.zeros(5)).p == 1.0
+
+
 def test_says_what_is_wrong():
+    with pytest.raises(
+        UserError, match=r"at least two of each method, of the same seeds, got \(1,"
+    ):
+        comparison.paired_t(np.zeros(1), np.zeros(1))
+    with pytest.raises(UserError, match=r"of the same seeds, got \(3,\) and \(2,\) values"):
+        comparison.paired_t(np.zeros(3), np.zeros(2))
     with pytest.raises(UserError, match=r"same videos, got \(2,\) and \(3,\)"):
         comparison.compare(np.zeros(2), np.zeros(3), seed=0)
     with pytest.raises(UserError, match="at least one video"):

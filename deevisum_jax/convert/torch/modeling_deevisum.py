@@ -5,6 +5,8 @@ This file travels inside an exported folder, beside the weights, and stands alon
     model = AutoModel.from_pretrained(FOLDER, trust_remote_code=True)
     scores = model.score(pixel_values, input_ids, attention_mask)
 
+Of an adapter in PEFT's form `DeevisumModel.over` makes the model.
+
 A segment is `[frames][BOS prompt]["\n"]`; the whole of it is prefix, so every position sees every
 other. After each exit layer a head reads class and importance at the last position. Rows whose
 likelier class is sure enough leave, deeper layers run on the rest only, and when no row is left no
@@ -17,8 +19,10 @@ D model width, X exits, shallowest first.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
+import json
 import os
 
 import safetensors
@@ -27,6 +31,7 @@ import torch
 from torch import nn
 from transformers.models.paligemma.configuration_paligemma import PaliGemmaConfig
 from transformers.models.paligemma.modeling_paligemma import (
+    PaliGemmaForConditionalGeneration,
     PaliGemmaModel,
     PaliGemmaPreTrainedModel,
 )
@@ -34,6 +39,8 @@ from transformers.utils import cached_file
 
 FORMAT = 1  # of the section `deevisum` in config.json and of the heads file
 HEADS_FILE = "deevisum_heads.safetensors"
+# In a folder of adapters, which has no config.json.
+ADAPTER_HEADS_FILE, ADAPTER_SECTION_FILE = "exits.safetensors", "deevisum.json"
 # Names in the released checkpoints, and so in the folder, to modules here. Most versions of
 # transformers know it of their own PaliGemma only, not of code that comes with a model.
 KEY_MAPPING = {
@@ -219,11 +226,53 @@ class DeevisumModel(PaliGemmaPreTrainedModel):
         model.exits = exits.to(device, model.dtype).train(model.training)
         return loaded
 
+    @classmethod
+    def over(cls, model: PaliGemmaForConditionalGeneration, folder, **hub_kwargs) -> DeevisumModel:
+        """A scorer of a base model with an adapter in it; the two share all weights.
+
+        Args:
+          model: the base with the adapter, `PeftModel.from_pretrained(base,
+            folder).get_base_model()`, or with the adapter merged.
+          folder: of the adapter, or its name on the Hub; has the exit heads.
+          **hub_kwargs: such as `revision` and `token`.
+
+        Raises:
+          ValueError: `model` is something else, such as a PeftModel; a file is missing or
+            unreadable; or the exit heads are of another model.
+        """
+        if not isinstance(model, PaliGemmaForConditionalGeneration):
+            raise ValueError(
+                f"DeevisumModel.over takes a PaliGemmaForConditionalGeneration, not a "
+                f"{type(model).__name__}; of a PeftModel give model.get_base_model()"
+            )
+        try:
+            file = cached_file(folder, ADAPTER_HEADS_FILE, **hub_kwargs)
+            tensors = safetensors.torch.load_file(file)
+            with open(cached_file(folder, ADAPTER_SECTION_FILE, **hub_kwargs)) as stream:
+                section = json.load(stream)
+        except (OSError, ValueError, safetensors.SafetensorError) as error:
+            raise ValueError(
+                f"the exit heads of {folder} cannot be read ({error}); export the adapter again"
+            ) from error
+        config = copy.deepcopy(model.config)
+        config.deevisum = section
+        with torch.device("meta"):
+            scorer = cls(config)
+        scorer.model = model.model
+        width = config.text_config.hidden_size
+        try:
+            exits = ExitHeads(tensors, num_exits=len(scorer.exit_layers), width=width)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+        scorer.exits = exits.to(model.device, model.dtype)
+        return scorer.eval()
+
     def save_pretrained(self, save_directory, *, push_to_hub: bool = False, **kwargs) -> None:
         """As every model of transformers; the heads go into their own file again.
 
         Raises:
-          ValueError: `push_to_hub` is given, which would leave the heads behind.
+          ValueError: `push_to_hub` is given, which would leave the heads behind; or an adapter of
+            peft is in the model, and not merged.
         """
         if push_to_hub:
             raise ValueError(
@@ -233,6 +282,11 @@ class DeevisumModel(PaliGemmaPreTrainedModel):
         exits = self._exits()
         state_dict = kwargs.pop("state_dict", None) or self.state_dict()
         weights = {name: t for name, t in state_dict.items() if not name.startswith("exits.")}
+        if any(".lora_" in name for name in weights):
+            raise ValueError(
+                "an adapter of peft is in this model beside its weights, which would be saved "
+                "under names that nothing loads; make it of what merge_and_unload() returns"
+            )
         super().save_pretrained(save_directory, state_dict=weights, **kwargs)
         file = os.path.join(save_directory, HEADS_FILE)
         safetensors.torch.save_file(exits.tensors(), file, metadata={"format": "pt"})
