@@ -20,8 +20,13 @@ import ml_collections
 def get_config() -> ml_collections.ConfigDict:
     quickstart = pathlib.Path(__file__).with_name("quickstart.py")
     config = runpy.run_path(str(quickstart))["get_config"]()
+    config.total_steps = 600
+    config.stages.teacher.total_steps = config.stages.mentor.total_steps = 450
     config.stages.student.data = ml_collections.ConfigDict({"num_annotators": 2})
     # Tokens stand behind a label word, which is another one for teachers of other labels.
-    config.distill.token = 0.0
-    config.eval.ablate_inputs = False
+    config.distill = ml_collections.ConfigDict(
+        {"phi": 0.5, "psi": 0.5, "source": "cache", "token": 0.0}
+    )
+    config.checkpoint.every_steps = 150
+    config.eval = ml_collections.ConfigDict({"every_steps": 150, "ablate_inputs": False})
     return config

@@ -82,7 +82,8 @@ class DataConfig:
     folds_seed: int = 0  # of the partition, and of who validates
     tokenizer: str = ""  # path of paligemma_tokenizer.model; "" trains one on the data set's text
     vocab_size: int = 1024  # text pieces at most, when the tokenizer is trained
-    template: str = "deevisum"  # a prompt template's name or path
+    # A prompt template's name or path; of ours also no_title, no_transcript and no_sound.
+    template: str = "deevisum"
     text_len: int = 64  # tokens of the prompt, the separator and the label word
     # Seconds before and after a segment whose transcript the prompt tells, too, nearest first.
     transcript_context_s: float = 0.0

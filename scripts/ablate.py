@@ -8,8 +8,8 @@ An arm is a name and what it sets in the config. `--grid FIELD=A,B` makes an arm
 of each pair of values if it is given twice:
 
     --grid distill.temperature=1,2,4 --grid distill.direction=teacher_first,student_first
-    --teachers per_arm --arm "all:" --arm 'no sound: data.left_out=("sound",)' \
-        --arm 'no text: data.left_out=("text",)' --arm 'no picture: data.left_out=("picture",)'
+    --teachers per_arm --arm "all:" --arm "no title: data.template=no_title" \
+        --arm "no transcript: data.template=no_transcript" --arm "no sound: data.template=no_sound"
 
 The stages that an arm learns from are trained before it, with the config's own seed:
   --teachers shared    once for all arms, which then change the last stage only (default)

@@ -226,6 +226,7 @@ def test_a_mentor_without_a_teacher_is_refused(command, tmp_path, capsys):
 
 def test_a_teacher_that_is_not_trained_to_its_end_is_refused(command, teachers_only, capsys):
     (teachers_only / "teacher" / "report.json").unlink()
+    shutil.rmtree(teachers_only / "mentor")
     assert command(teachers_only, "stage=mentor") == 2
     assert "train it first, or go on with it" in error_of(capsys)
 
@@ -395,6 +396,7 @@ def test_numbers_that_are_not_finite_are_not_taught(
 
 def test_a_student_that_has_begun_keeps_its_teachers(finished, command, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "report.json").unlink()  # as if it was stopped in front of it
     (tmp_path / "run" / "teachers.json").write_text(json.dumps({"mentor": "0", "teacher": "0"}))
     assert command(tmp_path / "run") == 2
     assert "began with other weights of its mentor and teacher" in error_of(capsys)

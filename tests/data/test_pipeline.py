@@ -105,6 +105,23 @@ def test_targets_by_hand():
     assert finer.score.dtype == np.float32
 
 
+def test_the_first_few_annotators_may_be_asked_alone():
+    annotated = {
+        "video_id": "v",
+        "user_scores": np.array([[1, 4, 5], [3, 2, 1], [1, 1, 1]], np.float32),
+        "score_times": np.array([0.5, 1.5, 2.5]),
+    }
+    bounds = np.array([[0, 1], [1, 2], [2, 3]])
+    first = annotation_of(annotated, bounds, 0.3, 1)
+    np.testing.assert_allclose(first.score, [0, 0.75, 1])  # 1, 4, 5
+    np.testing.assert_array_equal(first.label, [0, 0, 1])
+    two = annotation_of(annotated, bounds, 0.3, 2)
+    np.testing.assert_allclose(two.score, [0, 1, 1])  # 2, 3, 3
+    np.testing.assert_array_equal(two.label, [0, 1, 0])
+    with pytest.raises(UserError, match=r"num_annotators=4, but video v has 3"):
+        annotation_of(annotated, bounds, 0.3, 4)
+
+
 def test_annotation_of_a_video_that_is_the_same_throughout():
     flat = {"user_scores": np.full((2, 4), 3.0), "score_times": np.arange(4) + 0.5}
     targets = annotation_of(flat, np.array([[i, i + 1] for i in range(4)]), 0.25)

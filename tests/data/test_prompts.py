@@ -55,6 +55,13 @@ def test_the_label_is_the_word_behind_the_separator():
     assert prefix_of(no) == prefix_of(yes)
 
 
+@pytest.mark.parametrize("part", ["title", "transcript", "sound"])
+def test_a_template_of_ours_leaves_out_one_part(part):
+    parts = {"title": "A", "transcript": "B", "sound": "C"}
+    rest = [f"{name}: {said}" for name, said in parts.items() if name != part]
+    assert load_template(f"no_{part}").fill(**parts) == "\n".join(rest)
+
+
 @pytest.mark.parametrize(
     ("text_len", "prefix"),
     [

@@ -408,7 +408,7 @@ def identity_of(tmp_path, **changes) -> Identity:
         "template": prompts.load_template(),
         "tokens": tokens,
         "image_size": 224,
-        "asked": {"layers": (3, 4)},
+        "asked": {"top_k": 3, "layers": (3, 4)},
     }
     return Identity.of(**given | changes)
 
@@ -425,6 +425,7 @@ def test_an_identity_comes_back_from_json(tmp_path):
     [
         ("segment_s", 3.0),
         ("label_fraction", 0.5),
+        ("num_annotators", 2),
         ("num_frames", 4),
         ("resize", "bicubic"),
         ("text_len", 65),
@@ -437,6 +438,15 @@ def test_what_changes_a_row_changes_the_identity(tmp_path, field, value):
     data = dataclasses.replace(DataConfig(dataset="d", resize="bilinear"), **{field: value})
     [told] = identity_of(tmp_path).differences(identity_of(tmp_path, data=data))
     assert told.startswith(f"data.{field}: ")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("label_fraction", 0.5), ("num_annotators", 2), ("caption_len", 8)]
+)
+def test_what_only_a_suffix_shows_matters_where_tokens_are_asked_for(tmp_path, field, value):
+    data = dataclasses.replace(DataConfig(dataset="d", resize="bilinear"), **{field: value})
+    asked = {"top_k": 0, "layers": (3, 4)}
+    assert identity_of(tmp_path, asked=asked) == identity_of(tmp_path, asked=asked, data=data)
 
 
 def test_what_changes_no_row_does_not_change_it(tmp_path):
