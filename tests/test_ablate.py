@@ -313,12 +313,13 @@ def test_the_run_under_way_saves_before_the_script_ends(file, tmp_path, how, sta
     assert text.count(program) == 1
     copy.write_text(text.replace(program, repr((sys.executable, "-c", SLEEPER))))
     home = tmp_path / "out" / "none"
+    # A shell's background jobs ignore Ctrl-C, and what they start inherits that.
+    begin = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    begin += "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
     script = subprocess.Popen(
-        [sys.executable, copy, "--config", file, "--out", tmp_path / "out", *ARMS[:2]],
+        [sys.executable, "-c", begin, copy, "--config", file, "--out", tmp_path / "out", *ARMS[:2]],
         env=os.environ | {"PYTHONPATH": str(REPO)},
         stderr=subprocess.DEVNULL,
-        # A shell's background jobs ignore Ctrl-C, and what they start inherits that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
         until = time.monotonic() + 60

@@ -237,7 +237,7 @@ def test_the_config_offers_what_protocols_know():
         "eval.f1": tuple(protocols.F1_KINDS),
         "eval.correlation": tuple(protocols.CORRELATIONS),
         "eval.shots": tuple(protocols.SHOTS),
-    } == config._CHOICES
+    } == {name: given for name, given in config._CHOICES.items() if name.startswith("eval.")}
 
 
 def test_the_whole_evaluation_equals_plain_loops_with_scipy():
