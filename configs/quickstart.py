@@ -48,9 +48,8 @@ def get_config() -> ml_collections.ConfigDict:
                     "eval": {"ablate_inputs": False},
                 },
                 "mentor": {
-                    "total_steps": 300,
+                    "total_steps": 400,
                     "model": {"variant": "quickstart_mentor", "exit_layers": (3, 5, 7)},
-                    "optim": {"learning_rate": 1.5e-3},
                     "eval": {"ablate_inputs": False},
                 },
                 "student": {},

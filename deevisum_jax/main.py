@@ -96,7 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     distributed.initialize(args)
     with preemption.Notice() as notice:
         command = {"mode": args.mode, "workdir": args.workdir}
-        command["configs"] = [dataclasses.asdict(config) for config in (*configs, *args.stages)]
+        command["stages"] = [config.stage for config in configs]
+        command |= {one.stage or "config": dataclasses.asdict(one) for one in args.stages}
         distributed.check_same("command", json.dumps(command))
         workdir = locate(args.workdir)
         # ---- Stages: teacher, mentor, student; or the one that is asked for ----
