@@ -157,8 +157,7 @@ def _parse(
     if not args.topology and not args.all:
         parser.error(f"--topology is wanted, or --all; known slices: {', '.join(chips.known())}")
     overrides = [flag.removeprefix("--config.") for flag in rest]
-    of_all = [override for override in overrides if not override.startswith("stage=")]
-    stages = config_lib.stages_from_file(args.config, of_all)
+    stages = config_lib.described_stages(args.config, overrides)
     return args, config_lib.from_file(args.config, overrides), stages
 
 

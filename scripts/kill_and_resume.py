@@ -40,6 +40,7 @@ POLL_S = 0.002
 # As quick as the quickstart allows, with many saves; a line for every step tells how far it is.
 OVERRIDES = ("total_steps=120", "checkpoint.every_steps=4", "eval.every_steps=40", "log_every=1")
 OVERRIDES += ("optim.warmup_steps=20", "eval.ablate_inputs=False")
+OVERRIDES += ("distill.phi=0", "distill.psi=0")  # one run, of the last stage
 
 
 @exits_cleanly
