@@ -498,12 +498,12 @@ def _beside_params(state: TrainState) -> dict[str, Any]:
 def _read_params(folder: epath.Path, abstract: Params) -> Params:
     # Not the standard handler, which cannot pass over anything.
     handler = ocp.PyTreeCheckpointHandler()
-    wanted, stored = _storable(abstract), handler.metadata(folder / "params").tree
-    left_out = {name: tree for name, tree in stored.items() if name not in wanted}
-    if left_out.keys() <= {optim.PROJECTIONS}:
-        wanted |= jax.tree.map(lambda _: ocp.PLACEHOLDER, left_out)
-        stored = {name: stored[name] for name in stored if name not in left_out}
-    _check_shapes(stored, _storable(abstract), folder)
+    wanted, stored = _storable(abstract), dict(handler.metadata(folder / "params").tree)
+    left_out = {}
+    if optim.PROJECTIONS not in wanted and optim.PROJECTIONS in stored:
+        left_out[optim.PROJECTIONS] = stored.pop(optim.PROJECTIONS)
+    _check_shapes(stored, wanted, folder)
+    wanted |= jax.tree.map(lambda _: ocp.PLACEHOLDER, left_out)
     found = handler.restore(
         folder / "params",
         args=ocp.args.PyTreeRestore(

@@ -10,16 +10,12 @@ host keeps a copy in its user's cache:
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import os
 import pathlib
 import shutil
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Mapping
-from concurrent import futures
+from collections.abc import Mapping
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -34,8 +30,6 @@ from tfds_builders import records
 from tfds_builders.annotated import AnnotatedBuilder
 
 _MARKER = "dataset_info.json"  # whoever finds it knows that the other files are there
-_NUM_TRANSFERS = 8  # at a time
-_SHOWN_S = 10.0  # between two lines on how far a transfer is
 
 _OF_A_FOLD = ("train", "validation", "test")
 _VALIDATION_SHARE = 0.1  # of a fold's training videos, at least one
@@ -204,8 +198,7 @@ def _build(wanted: _Wanted, folder: pathlib.Path | epath.Path) -> tfds.core.Data
 
 def _open_copy(wanted: _Wanted, folder: epath.Path) -> tfds.core.DatasetBuilder:
     """The data set that is in a bucket, copied here, after building it if it is nowhere."""
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    cache = cache / "deevisum_jax" / _digest(os.fspath(folder))
+    cache = files.user_copy(folder)
     builder = records.make_builder(builders.BUILDERS[wanted.family], cache, wanted.config)
     inside = pathlib.Path(builder.data_dir).relative_to(cache)
     remote = folder / inside
@@ -213,7 +206,7 @@ def _open_copy(wanted: _Wanted, folder: epath.Path) -> tfds.core.DatasetBuilder:
         _build_into(wanted, folder, inside)
     found = files.contents(remote)
     # Named by their content: what is there is whole, and what a run reads stays as it is.
-    here = cache / _digest(json.dumps(found, sort_keys=True))
+    here = cache / files.digest(json.dumps(found, sort_keys=True))
     if not here.exists():
         _check_whole(remote, found)
         try:
@@ -249,7 +242,7 @@ def _build_into(wanted: _Wanted, folder: epath.Path, inside: pathlib.Path) -> No
 
         marker = (inside / _MARKER).as_posix()
         sizes.pop(marker)
-        _transfer(upload, sizes, f"uploaded to {folder}")
+        files.transfer(upload, sizes, f"uploaded to {folder}")
         upload(marker)
 
 
@@ -271,34 +264,9 @@ def _fetch(
 ) -> None:
     """Downloads files into `here / inside`; goes on where an earlier run was stopped."""
     unfinished = here.with_name(f"{here.name}.partial")
-    to = unfinished / inside
-    to.mkdir(parents=True, exist_ok=True)
-    sizes = {name: size for name, size in sizes.items() if not (to / name).exists()}
-    files.check_room(to, sum(sizes.values()), advice="set XDG_CACHE_HOME to")
-
-    def download(name: str) -> None:
-        with files.local_copy(remote / name) as copy, files.replacing(to / name) as temporary:
-            shutil.copyfile(copy, temporary)
-
     try:
-        _transfer(download, sizes, f"of {remote} downloaded")
+        files.fetch(remote, sizes, unfinished / inside)
         unfinished.rename(here)
     except OSError:
         if not here.exists():  # else another run was faster
             raise
-
-
-def _transfer(copy: Callable[[str], None], sizes: Mapping[str, int], done: str) -> None:
-    """Copies files, and says now and then how many bytes are `done`."""
-    num_bytes, shown = 0, time.monotonic()
-    with futures.ThreadPoolExecutor(_NUM_TRANSFERS) as pool:
-        for size, _ in zip(sizes.values(), pool.map(copy, sizes), strict=True):
-            num_bytes += size
-            if time.monotonic() > shown + _SHOWN_S:
-                shown = time.monotonic()
-                whole = sum(sizes.values())
-                print(f"{num_bytes / 1e9:.3g} of {whole / 1e9:.3g} GB {done}", file=sys.stderr)
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -9,16 +9,19 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import hashlib
 import json
 import logging
 import os
 import pathlib
 import re
 import shutil
+import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from concurrent import futures
 from typing import Any, BinaryIO
 
 import fsspec
@@ -30,6 +33,8 @@ _UNFINISHED = ".partial"
 _NUM_TRIES, _TRY_AGAIN_S = 20, 0.1
 _BUCKETS = ("gs", "s3")
 _MADE_HERE = "deevisum-"  # begins the names of temporary folders of what goes to a bucket
+_NUM_TRANSFERS = 8  # at a time
+_TOLD_S = 10.0  # between two lines on how far a transfer is
 _SHOWN_S = 10.0  # until a file that one host has written is seen by another
 _NUM_UPLOADS = 3  # of what disappears again
 _LEFT_S = 3600.0  # after which nobody is still writing a small file
@@ -498,6 +503,52 @@ def local_copy(path: epath.Path, beside: Sequence[str] = ()) -> Iterator[pathlib
                     if "/" not in name and name.lower().endswith(tuple(beside)):
                         client.get_file(other, str(folder / name))
         yield folder / path.name
+
+
+def user_copy(folder: epath.Path) -> pathlib.Path:
+    """Where this user keeps copies of what is in a folder of a bucket; it need not be there."""
+    home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return home / "deevisum_jax" / digest(os.fspath(folder))
+
+
+def digest(text: str) -> str:
+    """16 hexadecimal digits, for names that follow from a content."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def fetch(remote: epath.Path, sizes: Mapping[str, int], to: pathlib.Path) -> None:
+    """Copies files of a bucket into a folder here; those that are there stay as they are.
+
+    Args:
+      remote: a folder of the bucket.
+      sizes: bytes of every file wanted, by name.
+      to: in the user's cache; made.
+
+    Raises:
+      UserError: the disk has too little room, or a file cannot be read.
+      OSError: a file cannot be written.
+    """
+    to.mkdir(parents=True, exist_ok=True)
+    sizes = {name: size for name, size in sizes.items() if not (to / name).exists()}
+    check_room(to, sum(sizes.values()), advice="set XDG_CACHE_HOME to")
+
+    def download(name: str) -> None:
+        with local_copy(remote / name) as copy, replacing(to / name) as temporary:
+            shutil.copyfile(copy, temporary)
+
+    transfer(download, sizes, f"of {remote} downloaded")
+
+
+def transfer(copy: Callable[[str], None], sizes: Mapping[str, int], done: str) -> None:
+    """Copies files by name, and says now and then how many bytes are `done`."""
+    num_bytes, told_s = 0, time.monotonic()
+    with futures.ThreadPoolExecutor(_NUM_TRANSFERS) as pool:
+        for size, _ in zip(sizes.values(), pool.map(copy, sizes), strict=True):
+            num_bytes += size
+            if time.monotonic() > told_s + _TOLD_S:
+                told_s = time.monotonic()
+                whole = sum(sizes.values())
+                print(f"{num_bytes / 1e9:.3g} of {whole / 1e9:.3g} GB {done}", file=sys.stderr)
 
 
 def read_json(path: pathlib.Path | epath.Path, advice: str = "download it again") -> dict[str, Any]:

@@ -301,12 +301,12 @@ class Run:
         config = self.config
         distributed.on_main(lambda: runs.keep_data(self.workdir, self.dataset.identity))
         # ---- Input: shuffled segments, an iterator that can be saved ----
-        records, source, num_targets = self._training_data()
+        records, source, num_targets = self._training_data
         online: dict[str, optim.Params] = {}
         if self.distill and self.distill.teachers:
             distributed.on_main(self._keep_teachers)
             if self.distill.online:
-                online = self._load_teachers(source, num_targets)
+                online = self._load_teachers()
             else:
                 source = source.with_teachers(self._open_caches())
         data_iter = pipeline.train_iterator(
@@ -365,11 +365,9 @@ class Run:
           PreemptedError: a notice came first; what is written stays.
           UserError: as `cache.write`.
         """
-        records, source, num_targets = self._training_data()
         this = stages.Earlier(self.config.stage, self.workdir)
         missing: dict[teachers.Asked, cache.Identity] = {}
-        for learner in learners:
-            asked = stages.asked_by(learner, configs, self.tokens)[this.name]
+        for asked in stages.asked_of(this.name, learners, configs, self.tokens).values():
             identity = this.identity(
                 self.config, self.dataset.identity, self.template, self.tokens, asked
             )
@@ -377,6 +375,7 @@ class Run:
                 missing[asked] = identity
         if not missing:
             return
+        records, source, num_targets = self._training_data
         with self.notice.deferred():
             params = this.load(_of_model(self.abstract))
             for asked, identity in missing.items():
@@ -405,6 +404,7 @@ class Run:
             pipeline.in_order(source, batch_size=batch_size, rows=rows, first=first)
         )
 
+    @functools.cached_property
     def _training_data(self) -> tuple[Sequence[pipeline.Record], pipeline.SegmentSource, int]:
         """Records and segments to train on, and the most token targets of one of them."""
         encoder = self.make_encoder(captions=True)
@@ -438,25 +438,26 @@ class Run:
             )
         return opened
 
-    def _load_teachers(
-        self, source: pipeline.SegmentSource, num_targets: int
-    ) -> dict[str, optim.Params]:
+    def _load_teachers(self) -> dict[str, optim.Params]:
         """The parameters of the teachers that run beside the student, by name.
 
         Raises:
           UserError: what one says of the first batch is not finite.
         """
+        records, source, num_targets = self._training_data
+        describe = functools.partial(_describe, records, source)
         loaded = {}
-        first = sharding.place_batch(next(self._from(source, 0)), self.mesh)
+        first = next(self._from(source, 0))
         for teacher in self.distill.teachers:
-            earlier = self.earlier[teacher.name]
             shapes = paligemma2.abstract_params(teacher.model_config)
             where = sharding.param_shardings(shapes, self.mesh)
-            params = earlier.load(sharding.abstract(shapes, where))
+            params = self.earlier[teacher.name].load(sharding.abstract(shapes, where))
             answer = teachers.make_teacher_fn(
                 teacher.model_config, where, self.mesh, teacher.asked, num_targets=num_targets
             )
-            earlier.check_finite(answer(params, first))
+            score = functools.partial(answer, params)
+            for _ in cache.said(score, [first], self.mesh, describe):
+                pass  # it looks at every number
             loaded[teacher.name] = params
         return loaded
 
@@ -531,10 +532,8 @@ class Run:
 
     def _begin(self, params: optim.Params, key: jax.Array) -> train_step.TrainState:
         """The state at step 0 of a model's parameters."""
-        if self.distill and self.distill.layers:
-            key = jax.random.fold_in(key, 1)  # not what the model is drawn from
-            drawn = objective.init_projections(self.distill, self.model_config, key)
-            params = params | {optim.PROJECTIONS: drawn}
+        key = jax.random.fold_in(key, 1)  # not what the model is drawn from
+        params = objective.with_projections(self.distill, params, self.model_config, key)
         return train_step.init_state(params, self.tx, self.config.optim.frozen)
 
     def _first_state(self) -> train_step.TrainState:

@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -355,6 +356,16 @@ def place_batch(fields: Mapping[str, Any], mesh: Mesh) -> Batch:
     return Batch(
         **placed, teachers={name: TeacherOutputs(**said) for name, said in teachers.items()}
     )
+
+
+def on_host(arrays: Any, mesh: Mesh) -> Any:
+    """Whole arrays in this process, of a tree of those on the mesh; every process calls it.
+
+    A process may also be alone with its mesh, beside others.
+    """
+    if mesh.is_multi_process:
+        return multihost_utils.process_allgather(arrays, tiled=True)
+    return jax.device_get(arrays)
 
 
 def check_batch(name: str, size: int, mesh: Mesh) -> None:

@@ -16,8 +16,6 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from etils import epath
 
 from deevisum_jax import checkpoints, distributed, experiment, runs
@@ -26,11 +24,11 @@ from deevisum_jax.data import prompts, tokenizer
 from deevisum_jax.data.prompts import PromptTemplate
 from deevisum_jax.data.tokenizer import Tokenizer
 from deevisum_jax.distill import cache, objective
+from deevisum_jax.distill.objective import Distillation
 from deevisum_jax.distill.teachers import Asked
 from deevisum_jax.errors import UserError
 from deevisum_jax.files import exists, locate
 from deevisum_jax.models.paligemma2 import PaliGemma2Config, Params
-from deevisum_jax.typing import TeacherOutputs
 
 
 def folder_of(config: Config, workdir: epath.Path) -> epath.Path:
@@ -136,20 +134,6 @@ class Earlier:
             asked=dataclasses.asdict(asked),
         )
 
-    def check_finite(self, said: TeacherOutputs) -> None:
-        """Refuses a teacher whose numbers no student could learn from.
-
-        Raises:
-          UserError: something in `said` is not finite; names what.
-        """
-        for field in dataclasses.fields(said):
-            numbers = getattr(said, field.name)
-            if numbers is not None and not jax.jit(lambda x: jnp.isfinite(x).all())(numbers):
-                raise UserError(
-                    f"the {self.name} in {self.run} says {field.name} that are not finite; "
-                    "train it again with a lower optim.learning_rate"
-                )
-
     def _checkpoints(self) -> checkpoints.Checkpoints:
         return checkpoints.Checkpoints(self.run / runs.CHECKPOINT_FOLDER)
 
@@ -224,17 +208,30 @@ def open_teachers(config: Config, workdir: epath.Path) -> dict[str, Earlier]:
     return found
 
 
-def asked_by(learner: Config, configs: Sequence[Config], tokens: Tokenizer) -> dict[str, Asked]:
-    """What a stage asks of those that it learns from, by name, trained or not.
+def distillation(
+    learner: Config, configs: Sequence[Config], tokens: Tokenizer | None
+) -> Distillation | None:
+    """What a stage learns from others, of which none need be trained.
 
     Args:
       learner: the stage.
       configs: of all stages.
-      tokens: their tokenizer.
+      tokens: their tokenizer; None = vocabularies are the variants' own.
 
     Raises:
       UserError: as `objective.make`; of what a config leaves open, the variant's own is taken.
     """
     models = {config.stage: experiment.model_config(config, tokens) for config in configs}
-    distill = objective.make(learner, models[learner.stage], models)
-    return {teacher.name: teacher.asked for teacher in distill.teachers}
+    return objective.make(learner, experiment.model_config(learner, tokens), models)
+
+
+def asked_of(
+    stage: str, learners: Sequence[Config], configs: Sequence[Config], tokens: Tokenizer | None
+) -> dict[str, Asked]:
+    """What the learners of a stage ask of it, by their names; the rest as `distillation`."""
+    return {
+        learner.stage: teacher.asked
+        for learner in learners
+        for teacher in distillation(learner, configs, tokens).teachers
+        if teacher.name == stage
+    }

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -138,3 +139,11 @@ def write_to_a_full_disk(folder: str) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
         saved.save(2, begin(2, 512), Numbers(), None)
         saved.wait()
+
+
+def write_cache(folder: str, batch_size: int, kill_at: int | None) -> None:
+    """Ten segments, four to a file; killed, if it is, where that segment is read."""
+    from tests.distill import cached
+
+    mesh = sharding.make_mesh()
+    cached.write_cache(epath.Path(folder), mesh=mesh, batch_size=batch_size, kill_at=kill_at)

@@ -289,8 +289,8 @@ def test_a_stopped_download_is_not_taken_and_goes_on(uploaded, on_host, monkeypa
         return download(path)
 
     monkeypatch.setattr(files, "local_copy", fail_at_records)
-    monkeypatch.setattr(datasets, "_NUM_TRANSFERS", 1)
-    monkeypatch.setattr(datasets, "_SHOWN_S", 0)
+    monkeypatch.setattr(files, "_NUM_TRANSFERS", 1)
+    monkeypatch.setattr(files, "_TOLD_S", 0)
     with pytest.raises(UserError, match="the network is gone"):
         open_set(uploaded)
     assert len(open_set(uploaded).split("test")) == 2

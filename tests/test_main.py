@@ -26,6 +26,7 @@ from deevisum_jax.data import tokenizer
 from deevisum_jax.errors import UserError
 from deevisum_jax.models import paligemma2
 from deevisum_jax.summary import folds
+from tests.training_runs import killed_at, lines
 from tfds_builders import records
 
 REPO = pathlib.Path(__file__).parent.parent
@@ -39,10 +40,6 @@ def handler_as_before():
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
-
-
-class KillError(Exception):
-    """Stands in for a kill."""
 
 
 @pytest.fixture(scope="module")
@@ -62,28 +59,6 @@ def finished(command, tmp_path_factory) -> pathlib.Path:
     workdir = tmp_path_factory.mktemp("runs") / "finished"
     assert command(workdir) == 0
     return workdir
-
-
-@pytest.fixture
-def kill_at(monkeypatch):
-    """The update of this step is done, but nothing of it logged or saved, when the kill comes."""
-
-    def arm(step: int) -> None:
-        def advance(self):
-            self._bar.update(1)
-            if self._bar.n == step:
-                raise KillError
-
-        monkeypatch.setattr(training_log.TrainingLog, "advance", advance)
-
-    yield arm
-    monkeypatch.undo()
-
-
-def lines(workdir: pathlib.Path) -> list[dict[str, float]]:
-    """What was logged, but for the speed."""
-    logged = training_log.read_metrics(workdir / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if k != "examples_per_s"} for line in logged]
 
 
 def final_params(workdir: pathlib.Path, step: int = 6):
@@ -201,14 +176,10 @@ def test_one_device_gives_the_same_losses(finished, command, tmp_path, monkeypat
                 assert value == pytest.approx(other[name], abs=1e-4), (line["step"], name)
 
 
-def test_a_killed_run_goes_on_to_the_same_numbers_to_the_bit(
-    finished, command, kill_at, tmp_path, monkeypatch
-):
+def test_a_killed_run_goes_on_to_the_same_numbers_to_the_bit(finished, command, tmp_path):
     workdir = tmp_path / "run"
-    kill_at(5)
-    with pytest.raises(KillError):
+    with killed_at(5):
         command(workdir)
-    monkeypatch.undo()
     assert saved_steps(workdir) == {2, 4}
     # Had the kill come later, in the middle of a line:
     with (workdir / "metrics.jsonl").open("a") as file:
@@ -376,10 +347,9 @@ def test_evaluation_alone(finished, command, tmp_path):
     assert report["tau_early_exit"] == report["rows"]["exit_2"]["tau"]
 
 
-def test_a_run_can_start_from_the_parameters_of_another(finished, command, kill_at, tmp_path):
+def test_a_run_can_start_from_the_parameters_of_another(finished, command, tmp_path):
     workdir = tmp_path / "run"
-    kill_at(2)
-    with pytest.raises(KillError):
+    with killed_at(2):
         command(workdir, f"--config.initialization={finished}")
     [first] = lines(workdir)
     best = json.loads((finished / "report.json").read_text())["steps"]

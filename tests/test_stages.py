@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import pytest
 from etils import epath
 
-from deevisum_jax import checkpoints, main, sharding, stages, training, training_log
+from deevisum_jax import checkpoints, main, sharding, stages, training
 from deevisum_jax import config as config_lib
 from deevisum_jax.data import tokenizer
 from deevisum_jax.errors import UserError
 from deevisum_jax.models import paligemma2
+from tests.training_runs import killed_at, lines
 
 CONFIG = """
 import ml_collections
@@ -38,10 +39,6 @@ def get_config():
     })
 """
 ALONE = ("distill.hidden=0", "distill.exits=0", "stages.student.distill.phi=0")
-
-
-class KillError(Exception):
-    """Stands in for a kill."""
 
 
 @pytest.fixture(scope="module")
@@ -90,12 +87,6 @@ def trained(monkeypatch) -> list[str]:
 
     monkeypatch.setattr(training, "train", note)
     return entered
-
-
-def lines(workdir: pathlib.Path) -> list[dict[str, float]]:
-    """What was logged, but for the speed."""
-    logged = training_log.read_metrics(workdir / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if k != "examples_per_s"} for line in logged]
 
 
 def error_of(capsys) -> str:
@@ -163,19 +154,11 @@ def test_a_finished_stage_is_not_trained_again(finished, command, tmp_path, trai
 
 
 def test_a_killed_stage_goes_on_and_ends_as_if_it_had_not_been(
-    finished, command, teachers_only, trained, monkeypatch
+    finished, command, teachers_only, trained
 ):
     shutil.rmtree(teachers_only / "mentor")
-    with monkeypatch.context() as patch:
-
-        def advance(self):
-            self._bar.update(1)
-            if self._bar.n == 3:
-                raise KillError
-
-        patch.setattr(training_log.TrainingLog, "advance", advance)
-        with pytest.raises(KillError):
-            command(teachers_only)
+    with killed_at(3):
+        command(teachers_only)
     assert command(teachers_only) == 0
     assert trained == ["mentor", "mentor", "student"]
     assert lines(teachers_only / "mentor") == lines(finished / "mentor")
@@ -326,20 +309,12 @@ def test_a_student_is_evaluated_without_its_teachers(finished, command, tmp_path
     assert found["tau"] == json.loads((finished / "report.json").read_text())["tau"]
 
 
-def test_a_student_may_go_on_with_its_teachers_beside_it(finished, command, tmp_path, monkeypatch):
+def test_a_student_may_go_on_with_its_teachers_beside_it(finished, command, tmp_path):
     shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
     for name in ("teacher", "mentor"):
         shutil.copytree(finished / name / "checkpoints", tmp_path / "run" / name / "checkpoints")
-    with monkeypatch.context() as patch:
-
-        def advance(self):
-            self._bar.update(1)
-            if self._bar.n == 3:
-                raise KillError
-
-        patch.setattr(training_log.TrainingLog, "advance", advance)
-        with pytest.raises(KillError):
-            command(tmp_path / "run", "stage=student")
+    with killed_at(3):
+        command(tmp_path / "run", "stage=student")
     assert command(tmp_path / "run", "stage=student", "distill.source=online") == 0
     for found, expected in zip(lines(tmp_path / "run"), lines(finished), strict=True):
         assert found["step"] == expected["step"]

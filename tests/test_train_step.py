@@ -15,33 +15,14 @@ from deevisum_jax import optim, sharding, train_step
 from deevisum_jax.config import DistillConfig, LossConfig, OptimConfig
 from deevisum_jax.distill import objective, teachers
 from deevisum_jax.models import paligemma2
-from deevisum_jax.typing import Batch, TeacherOutputs
+from deevisum_jax.typing import TeacherOutputs
+from tests.batches import B, make_batch
 
 MODEL = paligemma2.get_config("tiny", exit_layers=(2, 4))
 LOSS = LossConfig(token=0.5, class_=2.0, score=3.0)
 # Adds the gradient to the parameters, so that it can be read off.
 GRADIENT = optax.scale(1.0)
-B, T = 8, 10
 NUM_TARGETS = 4  # the longest suffix
-
-
-def make_batch(seed: int = 0) -> Batch:
-    """Prefixes of 4 tokens, suffixes of 1 to 4, then pads; the last two rows are padding."""
-    rng = np.random.default_rng(seed)
-    ends = 4 + rng.integers(1, 5, (B, 1))
-    position = np.arange(T)[None]
-    return Batch(
-        frames=rng.integers(0, 256, (B, 1, 28, 28, 3)).astype(np.uint8),
-        tokens=rng.integers(2, 512, (B, T)).astype(np.int32),
-        mask_ar=np.broadcast_to(position >= 4, (B, T)),
-        mask_input=position < ends,
-        mask_loss=(position >= 4) & (position < ends),
-        label=rng.integers(0, 2, B).astype(np.int32),
-        score=rng.uniform(size=B).astype(np.float32),
-        video_id=np.zeros(B, np.int32),
-        segment=np.arange(B, dtype=np.int32),
-        valid=np.arange(B) < 6,
-    )
 
 
 @pytest.fixture(scope="module")

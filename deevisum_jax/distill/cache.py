@@ -30,11 +30,9 @@ import json
 import math
 import os
 import pathlib
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent import futures
 from typing import Any, NoReturn
 
 import grain
@@ -42,7 +40,7 @@ import jax
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
-from jax.experimental import multihost_utils
+from flax.traverse_util import flatten_dict
 
 from deevisum_jax import distributed, files
 from deevisum_jax.config import DataConfig
@@ -50,7 +48,7 @@ from deevisum_jax.data.pipeline import Row
 from deevisum_jax.data.prompts import PromptTemplate
 from deevisum_jax.data.tokenizer import Tokenizer
 from deevisum_jax.errors import UserError
-from deevisum_jax.sharding import place_batch
+from deevisum_jax.sharding import on_host, place_batch
 from deevisum_jax.typing import Batch, TeacherOutputs
 
 FOLDER = "outputs"  # of a run
@@ -70,7 +68,6 @@ ROW_FIELDS = (
 )  # fmt: skip
 # Those of them that only the suffix shows: where no tokens are asked for, they make no difference.
 SUFFIX_FIELDS = ("label_fraction", "num_annotators", "caption_len")
-_NUM_DOWNLOADS = 8  # at a time
 _SHOWN_S = 10.0  # between two lines on how far it is
 _MAX_SHOWN = 60  # letters of a value in a message
 
@@ -132,22 +129,12 @@ class Identity:
 
     def differences(self, other: Identity) -> list[str]:
         """Parts in which the other differs, as `data.num_frames: 1 -> 2`."""
-        old, new = _flatten(dataclasses.asdict(self)), _flatten(dataclasses.asdict(other))
+        old, new = (flatten_dict(dataclasses.asdict(one), sep=".") for one in (self, other))
         return [
             f"{name}: {_shown(old.get(name))} -> {_shown(new.get(name))}"
             for name in dict.fromkeys((*old, *new))
             if old.get(name) != new.get(name)
         ]
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
 
 
 def _shown(value: Any) -> str:
@@ -275,7 +262,7 @@ def write(
     for number in begun["missing"]:
         first = number * meta.examples_per_file
         if first != reached:
-            rows = _rows(score, batches(first), mesh, describe)
+            rows = said(score, batches(first), mesh, describe)
         records = list(itertools.islice(rows, meta.size(number)))
         reached = first + len(records)
         assert len(records) == meta.size(number), f"the batches end at example {reached}"
@@ -332,32 +319,38 @@ def _begin(folder: epath.Path, wanted: _Meta) -> dict[str, Any]:
     return {"missing": missing, "examples_per_file": meta.examples_per_file}
 
 
-def _rows(
+def said(
     score: Callable[[Batch], TeacherOutputs],
     batches: Iterable[Row],
     mesh: jax.sharding.Mesh,
     describe: Callable[[int, int], Mapping[str, Any]],
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The outputs of every valid row, unbatched; the same in every process."""
+    """The outputs of every valid row, unbatched; the same in every process, which all call it.
+
+    Args:
+      score: as of `write`.
+      batches: host batches.
+      mesh: where they are scored.
+      describe: as of `write`.
+
+    Raises:
+      UserError: an output is not finite; names it and the segment.
+    """
     for fields in batches:
         batch = place_batch(fields, mesh)
         found = (score(batch), batch.video_id, batch.segment, batch.valid)
-        outputs, video_id, segment, valid = (
-            multihost_utils.process_allgather(found, tiled=True)
-            if mesh.is_multi_process
-            else jax.device_get(found)
-        )
-        said = {
+        outputs, video_id, segment, valid = on_host(found, mesh)
+        arrays = {
             field.name: np.asarray(rows)
             for field in dataclasses.fields(outputs)
             if (rows := getattr(outputs, field.name)) is not None
         }
         for b in np.flatnonzero(valid):
-            for name, rows in said.items():
+            for name, rows in arrays.items():
                 if not np.isfinite(rows[b]).all():
                     which = describe(int(video_id[b]), int(segment[b]))
                     distributed.everywhere(functools.partial(_refuse, name, which))
-            yield {name: rows[b] for name, rows in said.items()}
+            yield {name: rows[b] for name, rows in arrays.items()}
 
 
 def _refuse(name: str, which: Mapping[str, Any]) -> NoReturn:
@@ -520,23 +513,12 @@ def _damaged(path: epath.Path, why: str, stage: str) -> UserError:
 
 def _local_copy(folder: epath.Path, meta: _Meta) -> pathlib.Path:
     """Where the files of a bucket are on this host, copied unless they are there."""
-    home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     there = files.contents(folder)
     found = {name: there[name] for name in meta.names}
     # Named by its content: what is there stays as it is while a run reads it.
-    here = home / "deevisum_jax" / _digest(os.fspath(folder))[:16]
-    here /= _digest(json.dumps(found, sort_keys=True))[:16]
-    missing = [name for name in meta.names if not (here / name).exists()]
-    files.check_room(here, sum(found[name][0] for name in missing), "set XDG_CACHE_HOME to")
-
-    def download(name: str) -> None:
-        with files.local_copy(folder / name) as copy, files.replacing(here / name) as temporary:
-            shutil.copyfile(copy, temporary)
-
+    here = files.user_copy(folder) / files.digest(json.dumps(found, sort_keys=True))
     try:
-        here.mkdir(parents=True, exist_ok=True)
-        with futures.ThreadPoolExecutor(_NUM_DOWNLOADS) as pool:
-            list(pool.map(download, missing))
+        files.fetch(folder, {name: size for name, (size, _) in found.items()}, here)
     except OSError as error:
         raise UserError(
             f"{here}, the copy of {folder}, cannot be written ({error}); set XDG_CACHE_HOME to a "

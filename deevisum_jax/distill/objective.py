@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from deevisum_jax import losses
+from deevisum_jax import losses, optim
 from deevisum_jax.config import Config
 from deevisum_jax.distill import teachers
 from deevisum_jax.distill.teachers import Asked, Teacher
@@ -257,6 +257,17 @@ def init_projections(
         }
         for teacher in distill.teachers
     }
+
+
+def with_projections(
+    distill: Distillation | None,
+    params: paligemma2.Params,
+    model_config: paligemma2.PaliGemma2Config,
+    key: jax.Array,
+) -> paligemma2.Params:
+    """A model's parameters and, if hidden states are taught, fresh projections beside them."""
+    drawn = init_projections(distill, model_config, key) if distill else {}
+    return params | {optim.PROJECTIONS: drawn} if drawn else params
 
 
 def counts(distill: Distillation, batch: Batch) -> dict[str, Array]:

@@ -8,13 +8,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec as P
 
 from deevisum_jax import fsdp
 from deevisum_jax.errors import UserError
 from deevisum_jax.models import paligemma2
-from deevisum_jax.sharding import batch_sharding, place_batch
+from deevisum_jax.sharding import batch_sharding, on_host, place_batch
 from deevisum_jax.typing import Batch, ExitScores
 
 
@@ -67,12 +66,7 @@ def score_videos(
     for fields in batches:
         batch = place_batch(fields, mesh)
         found = (score_fn(batch), batch.video_id, batch.segment, batch.valid)
-        # A process may also score alone, on its own devices.
-        scores, video_id, segment, valid = (
-            multihost_utils.process_allgather(found, tiled=True)
-            if mesh.is_multi_process
-            else jax.device_get(found)
-        )
+        scores, video_id, segment, valid = on_host(found, mesh)
         importance = np.asarray(jax.nn.sigmoid(scores.importance))
         summary_prob = np.asarray(jax.nn.softmax(scores.class_logits)[..., 1])
         for b in np.flatnonzero(valid):

@@ -18,9 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from deevisum_jax import experiment, optim, sharding, train_step
+from deevisum_jax import stages as experiment_stages
 from deevisum_jax.config import Config
 from deevisum_jax.data import tokenizer
 from deevisum_jax.data.prompts import LABEL_WORDS
+from deevisum_jax.data.tokenizer import Tokenizer
 from deevisum_jax.distill import objective, teachers
 from deevisum_jax.distill.objective import Distillation
 from deevisum_jax.errors import UserError
@@ -282,15 +284,14 @@ def _training(config: Config, mesh: jax.sharding.Mesh, stages: Sequence[Config])
     microbatch = config.batch_size // config.optim.accumulate_steps
     sharding.check_batch("batch_size / optim.accumulate_steps", microbatch, mesh)
     model_config, num_targets = _model(config)
-    distill = _distillation(config, stages)
+    distill = experiment_stages.distillation(config, stages, _tokens(config))
     schedule = optim.make_schedule(config.optim, config.total_steps)
     tx = optim.make_optimizer(config.optim, schedule)
 
     def first_state() -> train_step.TrainState:
         key = jax.random.key(0)
         params = paligemma2.init_params(model_config, key)
-        if distill and distill.layers:
-            params[optim.PROJECTIONS] = objective.init_projections(distill, model_config, key)
+        params = objective.with_projections(distill, params, model_config, key)
         return train_step.init_state(params, tx, config.optim.frozen)
 
     shapes = jax.eval_shape(first_state)
@@ -359,12 +360,6 @@ def _flops(
     return model_flops.count(jax.grad(losses), state.params, state.frozen, batch)
 
 
-def _distillation(config: Config, stages: Sequence[Config]) -> Distillation | None:
-    """What a stage learns from the others, none of which need be trained."""
-    models = {stage.stage: _model(stage)[0] for stage in stages}
-    return objective.make(config, _model(config)[0], models)
-
-
 def _teacher_params(distill: Distillation, mesh: jax.sharding.Mesh) -> dict[str, tuple[Any, Any]]:
     """Shapes and shardings of the teachers that run beside the student, by name."""
     found = {}
@@ -394,32 +389,25 @@ def _said(
 def _caching(config: Config, mesh: jax.sharding.Mesh, stages: Sequence[Config]) -> _Made:
     batch_size = config.eval.batch_size
     sharding.check_batch("eval.batch_size", batch_size, mesh)
-    found = {
-        learner.stage: teacher
-        for learner in stages
-        if config.stage in learner.teachers
-        for teacher in _distillation(learner, stages).teachers
-        if teacher.name == config.stage
-    }
+    learners = experiment_stages.learners_of(config, stages)
+    found = experiment_stages.asked_of(config.stage, learners, stages, _tokens(config))
     if not found:
         raise UserError(
             f"no other stage learns from {config.stage or 'this experiment'}, so there is nothing "
             "to cache; give a config with stages, and --config.stage=teacher"
         )
-    learner, teacher = next(iter(found.items()))
+    learner, asked = next(iter(found.items()))
     model_config, num_targets = _model(config)
     params = paligemma2.abstract_params(model_config)
     shardings = sharding.param_shardings(params, mesh)
     batch = _batch(config, model_config, batch_size, captions=True)
-    answer = teachers.make_teacher_fn(
-        model_config, shardings, mesh, teacher.asked, num_targets=num_targets
-    )
-    others = [name for name, one in found.items() if one.asked != teacher.asked]
+    answer = teachers.make_teacher_fn(model_config, shardings, mesh, asked, num_targets=num_targets)
+    others = [name for name, other in found.items() if other != asked]
     notes = (f"as the {learner} asks; differently by the {', '.join(others)}",) if others else ()
 
     def outputs(params: Any, batch: Batch) -> TeacherOutputs:
         model = paligemma2.bind(model_config, params)
-        return teachers.outputs(model, batch, teacher.asked, num_targets=num_targets)
+        return teachers.outputs(model, batch, asked, num_targets=num_targets)
 
     return _Made(
         lower=lambda: answer.lower(params, batch),
@@ -452,11 +440,14 @@ def _scoring(config: Config, mesh: jax.sharding.Mesh) -> _Made:
 
 def _model(config: Config) -> tuple[paligemma2.PaliGemma2Config, int]:
     """The model, and the most tokens that it learns to tell: label word, its end, caption."""
-    tokens, longest = None, 1
-    if config.data.tokenizer:
-        tokens = tokenizer.load_tokenizer(config.data.tokenizer)
-        longest = max(len(tokens.encode(word)) for word in LABEL_WORDS)
+    tokens = _tokens(config)
+    longest = max(len(tokens.encode(word)) for word in LABEL_WORDS) if tokens else 1
     return experiment.model_config(config, tokens), longest + 1 + config.data.caption_len
+
+
+def _tokens(config: Config) -> Tokenizer | None:
+    """The tokenizer that the config names, if it names one."""
+    return tokenizer.load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
 
 
 def _batch(

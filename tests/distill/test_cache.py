@@ -15,7 +15,6 @@ from etils import epath
 from deevisum_jax import sharding
 from deevisum_jax.config import DataConfig
 from deevisum_jax.data import prompts, tokenizer
-from deevisum_jax.distill import cache
 from deevisum_jax.distill.cache import Cache, Identity
 from deevisum_jax.errors import UserError
 from tests import processes
@@ -160,9 +159,7 @@ def test_an_interrupted_run_leaves_the_files_of_one_that_was_not(folder, whole, 
 
 
 def test_a_killed_run_goes_on(folder):
-    [ended] = processes.run(
-        [["-m", "tests.distill.processes_at_work", "killed", str(folder)]], devices=1
-    )
+    [ended] = processes.run_function(1, "write_cache", str(folder), 1, 6, devices=1)
     assert ended.status == -signal.SIGKILL, ended.err
     assert files_in(folder) == [NAMES[0], "cache.json"]
     with pytest.raises(UserError, match="for 4 of 10 segments"):
@@ -212,12 +209,7 @@ def test_files_keep_the_size_that_the_cache_was_begun_with(folder):
 
 def test_several_processes_write_what_one_does_and_read_it(folder, whole, tmp_path):
     other = epath.Path(tmp_path) / "other"
-    ended = processes.run(
-        [
-            ["-m", "tests.distill.processes_at_work", "cache", str(other), *who]
-            for who in processes.flags_of(2)
-        ]
-    )
+    ended = processes.run_function(2, "write_cache", str(other), 8, None)
     assert [one.status for one in ended] == [0, 0], [one.err for one in ended]
     assert contents(other) == contents(whole)
 
@@ -390,7 +382,7 @@ def test_files_of_nobody_knows_what_are_not_taken_over(whole):
 
 
 def test_a_disk_without_room_is_told_before_it_is_full(folder, monkeypatch):
-    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: type("", (), {"free": 600})())
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("", (), {"free": 600})())
     with pytest.raises(UserError, match="put the teacher's run on another disk"):
         write_cache(folder)  # ten records of 68 bytes
     assert files_in(folder) == ["cache.json"]

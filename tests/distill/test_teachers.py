@@ -11,30 +11,13 @@ from deevisum_jax import sharding
 from deevisum_jax.distill import teachers
 from deevisum_jax.models import masks, paligemma2
 from deevisum_jax.typing import Batch
+from tests.batches import B, make_batch
 
 MODEL = paligemma2.get_config("tiny", exit_layers=(1, 2), llm={"depth": 2})
-B, T, R = 8, 9, 3
+R = 3
+T = R + 6  # of tests.batches
 ALL = teachers.Asked(positions="suffix", top_k=5, temperature=2.0, layers=(2, 1, 2))
 SCORES_ALONE = teachers.Asked(positions="suffix", top_k=0, temperature=2.0, layers=())
-
-
-def make_batch() -> Batch:
-    """Prefixes of 4 tokens, suffixes of 1 to 3, then pads; the last two rows are padding."""
-    rng = np.random.default_rng(0)
-    ends = 4 + rng.integers(1, 4, (B, 1))
-    position = np.arange(T)[None]
-    return Batch(
-        frames=rng.integers(0, 256, (B, 1, 28, 28, 3)).astype(np.uint8),
-        tokens=rng.integers(2, 512, (B, T)).astype(np.int32),
-        mask_ar=np.broadcast_to(position >= 4, (B, T)),
-        mask_input=position < ends,
-        mask_loss=(position >= 4) & (position < ends),
-        label=np.zeros(B, np.int32),
-        score=np.zeros(B, np.float32),
-        video_id=np.zeros(B, np.int32),
-        segment=np.arange(B, dtype=np.int32),
-        valid=np.arange(B) < 6,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +30,7 @@ def answer(params):
     ask = lambda params, batch: teachers.outputs(
         paligemma2.bind(MODEL, params), batch, ALL, num_targets=R
     )
-    return jax.jit(ask)(params, make_batch())
+    return jax.jit(ask)(params, make_batch(longest=R))
 
 
 def test_positions_are_the_suffix_or_all_real_tokens_that_something_predicts():
@@ -73,7 +56,7 @@ def test_positions_are_the_suffix_or_all_real_tokens_that_something_predicts():
 
 
 def test_the_answer_is_what_the_model_says_at_its_depth(params, answer):
-    batch = make_batch()
+    batch = make_batch(longest=R)
 
     @jax.jit
     def plainly(params):
@@ -108,14 +91,16 @@ def test_what_is_not_asked_for_is_not_there(params, answer):
             paligemma2.bind(MODEL, params), batch, SCORES_ALONE, num_targets=R
         )
     )
-    found = ask(params, make_batch())
+    found = ask(params, make_batch(longest=R))
     assert (found.token_ids, found.token_log_probs, found.hidden) == (None, None, None)
     np.testing.assert_allclose(found.class_logits, answer.class_logits, atol=1e-5)
 
 
 def test_no_gradient_reaches_a_teacher(params):
     def loss(params):
-        said = teachers.outputs(paligemma2.bind(MODEL, params), make_batch(), ALL, num_targets=R)
+        said = teachers.outputs(
+            paligemma2.bind(MODEL, params), make_batch(longest=R), ALL, num_targets=R
+        )
         return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(said))
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(params)
@@ -129,7 +114,7 @@ def test_eight_devices_answer_as_one_does(params, answer, sizes):
     shardings = sharding.param_shardings(params, mesh)
     with jax.set_mesh(mesh):
         ask = teachers.make_teacher_fn(MODEL, shardings, mesh, ALL, num_targets=R)
-        batch = jax.device_put(make_batch(), sharding.batch_sharding(mesh))
+        batch = jax.device_put(make_batch(longest=R), sharding.batch_sharding(mesh))
         found = ask(jax.device_put(params, shardings), batch)
     np.testing.assert_array_equal(found.token_ids, answer.token_ids)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, answer)
