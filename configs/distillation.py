@@ -21,8 +21,11 @@ def get_config() -> ml_collections.ConfigDict:
     quickstart = pathlib.Path(__file__).with_name("quickstart.py")
     config = runpy.run_path(str(quickstart))["get_config"]()
     config.total_steps = 600
+    config.optim.warmup_steps = 50
+    config.model.exit_layers = (2, 4, 6)
     config.stages.teacher.total_steps = 450
     config.stages.mentor.total_steps = 600
+    config.stages.mentor.distill.phi = 0.5
     config.stages.student.data = ml_collections.ConfigDict({"num_annotators": 2})
     # Tokens stand behind a label word, which is another one for teachers of other labels.
     config.distill = ml_collections.ConfigDict(

@@ -24,7 +24,7 @@ from etils import epath
 
 from deevisum_jax.errors import UserError, closest
 from deevisum_jax.files import open_binary, write_whole
-from deevisum_jax.typing import INPUTS, RESIZES
+from deevisum_jax.typing import CONFIDENCES, INPUTS, RESIZES
 
 FROM_SCRATCH = "from_scratch"
 
@@ -39,11 +39,17 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
         "model.image_size", "optim.learning_rate", "optim.clip_norm", "optim.accumulate_steps",
         "checkpoint.every_steps", "checkpoint.keep", "eval.every_steps", "eval.batch_size",
         "model.lora.alpha", "model.lora.tile", "distill.temperature", "distill.top_k",
+        "calibration.f1", "calibration.tau", "calibration.timed_segments",
+    )),
+    ("at least 2", lambda value: value >= 2, ("calibration.rounds",)),
+    ("above 0 and below 1", lambda value: 0 < value < 1, (
+        "calibration.delta", "calibration.search_share",
     )),
     ("at least 0", lambda value: value >= 0, (
         "data.fold", "data.num_annotators", "data.caption_len", "data.transcript_context_s",
         "model.final_logits_softcap",
         "model.sliding_window", "model.lora.rank", "loss.token", "loss.class_", "loss.score",
+        "loss.prototype",
         "optim.weight_decay", "distill.phi", "distill.psi", "distill.class_", "distill.score",
         "distill.token", "distill.hidden", "distill.exits",
     )),
@@ -60,6 +66,8 @@ _CHOICES = {
     "distill.direction": ("teacher_first", "student_first"),
     "distill.positions": ("suffix", "all"),
     "distill.source": ("cache", "online"),
+    "eval.exit_confidence": tuple(CONFIDENCES),
+    "calibration.bound": ("exact", "normal"),
 }
 
 _LORA_TOWERS = ("llm", "img")
@@ -143,6 +151,7 @@ class LossConfig:
     token: float = 1.0  # cross-entropy of the suffix: the label word, and a caption if there is one
     class_: float = 1.0  # cross-entropy of the exits' summary heads, weighted over exits
     score: float = 1.0  # cross-entropy of the exits' importance scores
+    prototype: float = 1.0  # of the exits' prototypes of the summary class, which move nothing else
     exit_weights: tuple[float, ...] | None = None  # one per exit, normalised; None = its depth
 
 
@@ -217,8 +226,28 @@ class EvalConfig:
     # What tau and rho compare: a name in summary.protocols.CORRELATIONS.
     correlation: str = "tvsum_per_annotator"
     shots: str = "data_set"  # a summary's units: data_set (its change points) or kts (ours)
-    exit_threshold: float = 0.9  # leave at the first exit at least this sure of the class
+    # Leave at the first exit at least this sure, until `--mode calibrate` has chosen thresholds.
+    exit_threshold: float = 0.9
+    exit_confidence: str = "max_probability"  # of typing.CONFIDENCES
     ablate_inputs: bool = True  # also evaluate the test split without picture, text and sound
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CalibrationConfig:
+    """What early exit may cost on average, and what that is tried on (`--mode calibrate`)."""
+
+    f1: float | None = 0.005  # F1, of 1, that may be lost against the full model; None = any
+    tau: float | None = 0.01  # likewise
+    delta: float = 0.1  # the promise is broken at most this often
+    # exact: for any distribution of losses; normal: by a t test, which takes fewer videos and
+    # holds approximately.
+    bound: str = "exact"
+    dataset: str = ""  # of the videos that it is tried on; "" = data.dataset
+    split: str = ""  # "" = eval.validation_split
+    search_share: float = 0.25  # of the videos: they choose what is tried on the others
+    confidences: tuple[str, ...] = ("max_probability", "cosine", "agreement")
+    rounds: int = 5  # how often the time of every point is taken
+    timed_segments: int = 1024  # on as many segments
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -243,6 +272,7 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
 
     def __post_init__(self) -> None:
         values = _flatten(dataclasses.asdict(self))
@@ -282,11 +312,7 @@ class Config:
                 f"loss.exit_weights={weights} must be one weight of at least 0 for each of "
                 f"model.exit_layers={self.model.exit_layers}, not all 0"
             )
-        if not 0.5 <= self.eval.exit_threshold <= 1:
-            raise UserError(
-                f"eval.exit_threshold={self.eval.exit_threshold} is not within [0.5, 1]: it is the "
-                "probability of the likelier of two classes"
-            )
+        self._check_exits()
         if "train" in (self.eval.validation_split, self.eval.test_split):
             raise UserError(
                 "eval.validation_split and eval.test_split must not be the split trained on, "
@@ -304,6 +330,41 @@ class Config:
         earlier = self.stages[: self.stages.index(self.stage)][::-1] if self.stage else ()
         weights = zip(earlier, (self.distill.phi, self.distill.psi), strict=False)
         return {name: weight for name, weight in weights if weight}
+
+    @property
+    def calibrated_on(self) -> tuple[str, str]:
+        """Data set and split of the videos that early exit is calibrated on.
+
+        Raises:
+          UserError: the model is trained or tested on them.
+        """
+        dataset = self.calibration.dataset or self.data.dataset
+        split = self.calibration.split or self.eval.validation_split
+        if dataset == self.data.dataset and split in ("train", self.eval.test_split):
+            raise UserError(
+                f"split {split!r} of {dataset} is what the model is trained or tested on, so a "
+                "promise made with it would be worth nothing; give calibration.split another, or "
+                "calibration.dataset other videos"
+            )
+        return dataset, split
+
+    def _check_exits(self) -> None:
+        low, high = CONFIDENCES.get(self.eval.exit_confidence, (0.0, 1.0))
+        if not low <= self.eval.exit_threshold <= high:
+            raise UserError(
+                f"eval.exit_threshold={self.eval.exit_threshold} is not within [{low:g}, {high:g}],"
+                f" where the confidence {self.eval.exit_confidence!r} lies"
+            )
+        for name in self.calibration.confidences:
+            if name not in CONFIDENCES:
+                raise UserError(f"calibration.confidences: {name!r}; {closest(name, CONFIDENCES)}")
+        if not self.calibration.confidences:
+            raise UserError(f"calibration.confidences is empty; name some of {list(CONFIDENCES)}")
+        if self.calibration.f1 is None and self.calibration.tau is None:
+            raise UserError(
+                "calibration.f1 and calibration.tau are both None, so nothing would be promised; "
+                "set one of them"
+            )
 
     def _check_lora(self) -> None:
         lora = self.model.lora

@@ -20,8 +20,16 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import (
+    Callable,
+    Container,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Generic, Protocol, TypeVar
 
 from etils import epath
@@ -49,6 +57,8 @@ _NUM_ROUNDS = 5  # of writing the index while others change what it tells
 _NUM_DECODERS = _NUM_WRITERS = max(1, min(4, (os.cpu_count() or 1) // 4))
 # Of decoded pictures and sound; more only for a video that is larger by itself.
 _MAX_BYTES = 8 * 2**30
+# That a video under way waits for others to fill batches with it; then it goes on without them.
+_MAX_WAIT_S = 60.0
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -345,19 +355,22 @@ class Steps(Generic[D, S]):
     """What is done with every video, one after the other.
 
     `read` and `write` are called in the background, for several videos at a time, and whatever they
-    raise is the video's failure. `score` is called here; but for a `VideoError`, what it raises is
-    not the video's fault and ends the work.
+    raise is the video's failure. `score` is called here; it takes videos as they come and gives
+    back all of them, in their order, at the latest when no more come. It may ask for more before it
+    gives back what it has. What it raises is not a video's fault and ends the work.
     """
 
     read: Callable[[Item], D]
-    score: Callable[[D], S]  # what it returns is closed in the place of what it was given
+    # A video that is given back is closed in the place of what was taken. A `VideoError` stands for
+    # one that failed, its cause for the reason.
+    score: Callable[[Iterator[D]], Generator[S | VideoError, None, None]]
     write: Callable[[Item, S], str]  # returns what is worth saying of it
 
 
 def work(
     corpus: Corpus, items: Sequence[Item], steps: Steps[D, S], say: Callable[[str], None]
 ) -> int:
-    """Does all `items`: while one is scored, the next is decoded and the one before written.
+    """Does all `items`: while some are scored, the next are decoded and those before written.
 
     Args:
       corpus: where reasons of failures go.
@@ -374,28 +387,7 @@ def work(
       Exception: of `score`; or a disk is full, or a failure cannot be noted.
     """
     log = _Log(corpus, len(items), say)
-    waiting = collections.deque(items)
-    ahead: collections.deque[tuple[_Video, Future[D]]] = collections.deque()
     behind: collections.deque[tuple[S, Future[None]]] = collections.deque()
-    largest = 0  # bytes of a decoded video, so far
-
-    def read_ahead(scoring: int = 0) -> None:
-        """Keeps all decoders busy and one video ready, as far as memory goes.
-
-        Args:
-          scoring: bytes of the video that is about to be scored.
-        """
-        nonlocal largest
-        ready = [future.result().num_bytes for _, future in ahead if _succeeded(future)]
-        largest = max([largest, scoring, *ready])
-        # What is being decoded is taken to be as large as the largest so far.
-        held = scoring + sum(ready) + largest * (len(ahead) - len(ready))
-        while waiting and len(ahead) <= _NUM_DECODERS:
-            if (ahead or scoring) and (not largest or held + largest > _MAX_BYTES):
-                return
-            video = _Video(waiting.popleft())
-            ahead.append((video, decoders.submit(video.spend, steps.read, video.item)))
-            held += largest
 
     def write(video: _Video, scored: S) -> None:
         with contextlib.closing(scored):
@@ -410,37 +402,22 @@ def work(
         ThreadPoolExecutor(_NUM_DECODERS) as decoders,
         ThreadPoolExecutor(_NUM_WRITERS) as writers,
     ):
+        reading = _Reading(items, steps.read, decoders, log)
         try:
-            while waiting or ahead:
-                read_ahead()
-                video, future = ahead[0]
-                try:
-                    decoded = future.result()  # may be interrupted, and is then closed below
-                except Exception as error:
-                    ahead.popleft()
-                    log.failed(video, error)
-                    continue
-                ahead.popleft()
-                try:
-                    read_ahead(decoded.num_bytes)
-                    scored = video.spend(steps.score, decoded)
-                except BaseException as error:
-                    decoded.close()
-                    if not isinstance(error, VideoError):
-                        raise
-                    log.failed(video, error.__cause__)
-                else:
-                    behind.append((scored, writers.submit(write, video, scored)))
-                    del scored
-                del decoded, future  # their pictures
-                while len(behind) > _NUM_WRITERS + 1:
-                    behind.popleft()[1].result()
+            while reading.is_any_left:
+                with contextlib.closing(steps.score(reading.stretch())) as results:
+                    for result in results:
+                        if isinstance(result, VideoError):
+                            log.failed(reading.failed(), result.__cause__)
+                            continue
+                        video = reading.scored()
+                        behind.append((result, writers.submit(write, video, result)))
+                        while len(behind) > _NUM_WRITERS + 1:
+                            behind.popleft()[1].result()
             while behind:
                 behind.popleft()[1].result()
         except BaseException as error:
-            for _, future in ahead:
-                if not future.cancel():
-                    future.add_done_callback(_close)
+            reading.close()
             for scored, future in behind:
                 if future.cancel():
                     scored.close()
@@ -451,6 +428,104 @@ def work(
                 ) from None
             raise
     return log.num_failed
+
+
+class _Reading(Generic[D]):
+    """Videos until they are scored, in order: not begun, decoded ahead, and under way."""
+
+    def __init__(
+        self,
+        items: Iterable[Item],
+        read: Callable[[Item], D],
+        decoders: ThreadPoolExecutor,
+        log: _Log,
+    ) -> None:
+        self._read, self._decoders, self._log = read, decoders, log
+        self._waiting = collections.deque(items)
+        self._ahead: collections.deque[tuple[_Video, Future[D]]] = collections.deque()
+        # Taken by who scores and not given back, and since when.
+        self._under_way: collections.deque[tuple[_Video, D, float]] = collections.deque()
+        self._largest = 0  # bytes of a decoded video, so far
+        self._given_back = 0.0  # when the last one was
+
+    @property
+    def is_any_left(self) -> bool:
+        """Whether there is something for another stretch."""
+        return bool(self._waiting or self._ahead)
+
+    def stretch(self) -> Iterator[D]:
+        """Videos as they are decoded, as long as those under way can wait for them.
+
+        Segments wait for those of later videos until they make a batch, and at the end of a stretch
+        they go without. So it ends when the oldest video under way has waited for `_MAX_WAIT_S`, be
+        it that the next is slow to decode, or that many come and few of their segments are as
+        unsure as its own; and when memory is full of what is under way.
+        """
+        assert not self._under_way, "a stretch has not given back what it took"
+        while self.is_any_left:
+            self._read_ahead()
+            if not self._ahead:
+                return
+            left_s = None
+            if self._under_way:
+                left_s = self._under_way[0][2] + _MAX_WAIT_S - time.monotonic()
+                if left_s <= 0:
+                    return
+            video, future = self._ahead[0]
+            if not wait([future], left_s).done:  # may be interrupted, as all below
+                return
+            try:
+                self._under_way.append((video, future.result(), time.monotonic()))
+            except Exception as error:
+                self._ahead.popleft()
+                self._log.failed(video, error)
+                continue
+            self._ahead.popleft()
+            del future  # it holds the pictures
+            self._read_ahead()
+            yield self._under_way[-1][1]
+
+    def _read_ahead(self) -> None:
+        """Keeps all decoders busy and one video ready, as far as memory goes."""
+        ready = [future.result().num_bytes for _, future in self._ahead if _succeeded(future)]
+        ready += [decoded.num_bytes for _, decoded, _ in self._under_way]
+        self._largest = max([self._largest, *ready])
+        num_decoding = len(self._ahead) + len(self._under_way) - len(ready)
+        # What is being decoded is taken to be as large as the largest so far.
+        held = sum(ready) + self._largest * num_decoding
+        while self._waiting and len(self._ahead) <= _NUM_DECODERS:
+            if (self._ahead or self._under_way) and (
+                not self._largest or held + self._largest > _MAX_BYTES
+            ):
+                return
+            video = _Video(self._waiting.popleft())
+            future = self._decoders.submit(video.spend, self._read, video.item)
+            self._ahead.append((video, future))
+            held += self._largest
+
+    def scored(self) -> _Video:
+        """The oldest under way, which was given back.
+
+        Its time has passed while no older one was under way: that of all of them adds up.
+        """
+        video, _, since = self._under_way.popleft()
+        now = time.monotonic()
+        video.seconds += now - max(since, self._given_back)
+        self._given_back = now
+        return video
+
+    def failed(self) -> _Video:
+        """As `scored`, where nothing was given back for it."""
+        self._under_way[0][1].close()
+        return self.scored()
+
+    def close(self) -> None:
+        """Closes what is decoded, or will be, and was not given back."""
+        for _, future in self._ahead:
+            if not future.cancel():
+                future.add_done_callback(_close)
+        for _, decoded, _ in self._under_way:
+            decoded.close()
 
 
 def _succeeded(future: Future[Any]) -> bool:

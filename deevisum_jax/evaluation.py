@@ -13,13 +13,21 @@ import PIL.Image
 from deevisum_jax.config import Config, EvalConfig
 from deevisum_jax.data.pipeline import Record
 from deevisum_jax.errors import UserError
-from deevisum_jax.inference import scoring
-from deevisum_jax.inference.cost import score_flops
+from deevisum_jax.inference import calibration, exit_policy, scoring
+from deevisum_jax.inference.calibration import Calibration
+from deevisum_jax.inference.cost import exit_flops
+from deevisum_jax.inference.exit_policy import ExitPolicy
 from deevisum_jax.models.paligemma2 import PaliGemma2Config
 from deevisum_jax.summary import kts, protocols, select
 from deevisum_jax.summary import shots as shots_lib
 from deevisum_jax.summary.protocols import Protocol, Result, VideoGroundTruth
 from deevisum_jax.summary.report import RunReport, thousandths
+from deevisum_jax.typing import SegmentScores
+
+_NOT_CALIBRATED = (
+    "The thresholds of early exit are those of the config: what they cost was not promised, nor "
+    "their time measured (--mode calibrate does both)."
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,10 +35,10 @@ class Prediction:
     """The scores of a split's videos, in the order of its records."""
 
     bounds: list[np.ndarray]  # float[M, 2] per video, seconds
-    scores: list[scoring.SegmentScores]
+    scores: list[SegmentScores]
 
 
-def deepest(scores: scoring.SegmentScores) -> np.ndarray:
+def deepest(scores: SegmentScores) -> np.ndarray:
     """`float[M]` importance at the last exit, the full model's."""
     return scores.importance[-1]
 
@@ -134,7 +142,7 @@ def _descriptor(frame: np.ndarray | bytes) -> np.ndarray:
 def evaluate(
     truths: Sequence[VideoGroundTruth],
     prediction: Prediction,
-    choose: Callable[[scoring.SegmentScores], np.ndarray],
+    choose: Callable[[SegmentScores], np.ndarray],
     config: Config,
 ) -> Result:
     """F1, tau and rho of one way to read a prediction.
@@ -156,7 +164,7 @@ def evaluate(
 def of_videos(
     truths: Sequence[VideoGroundTruth],
     prediction: Prediction,
-    choose: Callable[[scoring.SegmentScores], np.ndarray],
+    choose: Callable[[SegmentScores], np.ndarray],
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Bounds and chosen scores by video id, as `predictions.write_npz` takes them."""
     return {
@@ -170,48 +178,73 @@ def evaluate_exits(
     prediction: Prediction,
     config: Config,
     model: PaliGemma2Config,
+    policy: ExitPolicy,
 ) -> dict[str, Result]:
     """A row per exit, `exit_2` to the deepest, and `early_exit`, each segment at its own exit."""
     rows = {
         f"exit_{layer}": evaluate(truths, prediction, lambda s, x=x: s.importance[x], config)
         for x, layer in enumerate(model.exit_layers)
     }
-    threshold = config.eval.exit_threshold
-    leave = lambda s: scoring.at_exit(s, scoring.exit_index(s.summary_prob, threshold))
+    leave = lambda s: scoring.at_exit(s, policy).importance
     return rows | {"early_exit": evaluate(truths, prediction, leave, config)}
 
 
 def early_exit_cost(
-    prediction: Prediction, config: Config, model: PaliGemma2Config
+    prediction: Prediction, config: Config, model: PaliGemma2Config, policy: ExitPolicy
 ) -> dict[str, Any]:
     """Mean depth of the exits taken, the share of FLOPs they save, and how many leave where."""
-    taken = np.concatenate(
-        [
-            scoring.exit_index(scores.summary_prob, config.eval.exit_threshold)
-            for scores in prediction.scores
-        ]
-    )
-    layers = np.asarray(model.exit_layers)
-    flops = np.array(
-        [
-            score_flops(
-                model,
-                num_frames=config.data.num_frames,
-                text_len=config.data.text_len,
-                depth=layer,
-            )
-            for layer in model.exit_layers
-        ]
-    )
+    taken = np.concatenate([policy.exit_index(scores) for scores in prediction.scores])
+    layers, flops = np.asarray(model.exit_layers), exit_flops(model, config.data)
     shares = np.bincount(taken, minlength=len(layers)) / len(taken)
     return {
-        "exit_threshold": config.eval.exit_threshold,
+        "exit_policy": policy.to_json(),
         "avg_depth": float(layers[taken].mean()),
         "compute_saved": float(1 - (shares @ flops) / flops[-1]),
         "exit_rate": {
             str(layer): float(share) for layer, share in zip(layers, shares, strict=True)
         },
     }
+
+
+def calibrate(
+    truths: Sequence[VideoGroundTruth],
+    prediction: Prediction,
+    config: Config,
+    model: PaliGemma2Config,
+) -> Calibration:
+    """Chooses when segments leave, so that what is lost stays within the config's promise.
+
+    Args:
+      truths: the annotations of the videos that it is tried on.
+      prediction: their scores.
+      config: has the promise and the protocol.
+      model: has the exits.
+
+    Raises:
+      UserError: as `calibration.calibrate`.
+    """
+    settings, protocol = config.calibration, protocol_of(config.eval)
+
+    def measure(video: int, importance: np.ndarray) -> dict[str, float]:
+        bounds = prediction.bounds[video]
+        result = protocols.evaluate_video(truths[video], bounds, importance, protocol)
+        return {metric: getattr(result, metric) for metric in calibration.METRICS}
+
+    asked = {metric: getattr(settings, metric) for metric in calibration.METRICS}
+    return calibration.calibrate(
+        prediction.scores,
+        measure,
+        exit_layers=model.exit_layers,
+        flops=exit_flops(model, config.data),
+        promise=calibration.Promise(
+            epsilons={metric: most for metric, most in asked.items() if most is not None},
+            delta=settings.delta,
+            bound=settings.bound,
+        ),
+        confidences=settings.confidences,
+        search_share=settings.search_share,
+        seed=config.seed,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -223,6 +256,7 @@ class Evaluation:
     baselines: Mapping[str, Result]  # of `protocols.baseline_rows`
     left_out: Mapping[str, Result]  # without one input, by input
     cost: Mapping[str, Any]  # of `early_exit_cost`
+    calibration: Calibration | None = None  # where the thresholds of `early_exit` are from
     notes: Sequence[str] = ()  # what a reader of the numbers should know
 
     @property
@@ -240,8 +274,9 @@ def report_json(found: Evaluation, *, steps: int) -> dict[str, Any]:
         "f1_early_exit": early.f1,
         "tau_early_exit": early.tau,
         **found.cost,
-        # Here all exits are read off one full pass. Time is saved by running the model in stages.
-        "wall_saved": None,
+        # Here all exits are read off one full pass; calibrating has run the model in stages.
+        "wall_saved": found.calibration and found.calibration.time_saved,
+        "calibration": found.calibration and found.calibration.to_json(),
         "steps": steps,
         "protocols": dict(model.protocols),
         "notes": list(found.notes),
@@ -287,17 +322,45 @@ def report_page(
             "layers up to the exits taken": (
                 f"{found.cost['avg_depth']:.2f} of {found.exit_layers[-1]} on average"
             ),
-            "FLOPs that leaving there would save": f"{100 * found.cost['compute_saved']:.1f} %",
-            "exit threshold": found.cost["exit_threshold"],
+            "FLOPs that leaving there saves": f"{100 * found.cost['compute_saved']:.1f} %",
+            "leaving early": exit_policy.describe(
+                ExitPolicy.from_json(found.cost["exit_policy"]), found.exit_layers
+            ),
         },
+        tradeoff=found.calibration and _tradeoff(found.calibration, found.exit_layers[-1]),
         notes=[
             *found.notes,
             "Every row reads the same trained parameters: what is left out is withheld at "
             "evaluation, not in training.",
-            "Early exit chooses among the exits of one full pass; the time it would save is not "
-            "measured here.",
+            *([] if found.calibration else [_NOT_CALIBRATED]),
         ],
     )
+
+
+def _tradeoff(found: Calibration, num_layers: int) -> dict[str, Any]:
+    """The curve of a calibration, as `RunReport.tradeoff` takes it."""
+    times = found.speed.saved if found.speed else [None] * len(found.curve)
+    return {
+        "points": [
+            {
+                **point.policy.to_json(),
+                **{metric: point.metrics[metric] for metric in calibration.METRICS},
+                **{f"{metric}_loss": point.losses[metric] for metric in calibration.METRICS},
+                "avg_depth": point.avg_depth,
+                "flops_saved": point.flops_saved,
+                "time_saved": time and dataclasses.asdict(time),
+                "p_value": point.p_value,
+                "passed": point.passed,
+                "chosen": row == found.chosen,
+            }
+            for row, (point, time) in enumerate(zip(found.curve, times, strict=True))
+        ],
+        "num_layers": num_layers,
+        "epsilons": dict(found.promise.epsilons),
+        "promise": found.text,
+        "num_videos": found.num_test,
+        "machine": found.speed.machine if found.speed else "",
+    }
 
 
 def table(report: Mapping[str, Any]) -> str:
@@ -308,8 +371,10 @@ def table(report: Mapping[str, Any]) -> str:
         tau, rho = thousandths(row["tau"]), thousandths(row["rho"])
         lines.append(f"{name:<20}{tau:>8}{rho:>8}{100 * row['f1']:>8.1f}")
     lines.append(
-        f"early exit at {report['exit_threshold']}: {report['avg_depth']:.2f} layers on average; "
-        f"leaving there would save {100 * report['compute_saved']:.0f} % of the FLOPs"
+        f"early exit: {report['avg_depth']:.2f} layers on average, which saves "
+        f"{100 * report['compute_saved']:.0f} % of the FLOPs"
     )
+    if report["calibration"]:
+        lines.append(report["calibration"]["text"])
     lines += report["notes"]
     return "\n".join(lines)

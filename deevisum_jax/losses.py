@@ -18,6 +18,7 @@ from deevisum_jax.config import LossConfig
 from deevisum_jax.models import layers
 from deevisum_jax.typing import Array
 
+_PROTOTYPE_SCALE = 10.0  # of cosines
 _CHUNK = 128 * 2**20  # bytes of logits that are there at a time
 
 
@@ -338,6 +339,16 @@ def score_cross_entropy(logits: Array, score: Array, valid: Array) -> Total:
     """
     losses = optax.sigmoid_binary_cross_entropy(logits.astype(jnp.float32), score)
     return _masked(losses, valid)
+
+
+def prototype_cross_entropy(cosine: Array, label: Array, valid: Array) -> Total:
+    """Cross-entropy of the summary class, by the cosine `float[B]` to its prototype.
+
+    The logit is ten times the cosine, of temperature 0.1 as is usual for cosines (Chen et al. 2020,
+    SimCLR): the prototype is drawn to the summary's segments and away from the others.
+    """
+    logits = _PROTOTYPE_SCALE * cosine.astype(jnp.float32)
+    return _masked(optax.sigmoid_binary_cross_entropy(logits, label), valid)
 
 
 def class_kl(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,7 +44,7 @@ from deevisum_jax.data import pipeline
 from deevisum_jax.distill import cache, objective, teachers
 from deevisum_jax.errors import PreemptedError, UserError, exits_cleanly
 from deevisum_jax.files import locate, write_whole
-from deevisum_jax.inference import scoring
+from deevisum_jax.inference import scoring, speed, staged
 from deevisum_jax.models import paligemma2
 from deevisum_jax.summary import predictions, protocols, report
 from deevisum_jax.summary.protocols import VideoGroundTruth
@@ -54,6 +55,8 @@ examples:
   python -m deevisum_jax.main --config configs/quickstart.py --workdir runs/quickstart
   python -m deevisum_jax.main --config configs/quickstart.py --workdir runs/lower_rate \\
       --config.optim.learning_rate=3e-4 --config.total_steps=500
+  python -m deevisum_jax.main --config configs/quickstart.py --workdir runs/quickstart \\
+      --mode calibrate --config.calibration.tau=0.02
   python -m deevisum_jax.main --config configs/tvsum.py --mode evaluate --predictions a.json b.npz
   python -m deevisum_jax.main --config configs/tvsum_mskd.py --workdir DIR --config.stage=teacher
   python -m deevisum_jax.main --config configs/tvsum_mskd.py --workdir DIR --config.stage=teacher \\
@@ -73,6 +76,7 @@ what DIR gets:
   metrics.jsonl   a line per logged step; tensorboard/ has them as event files
   checkpoints/    to resume from, and the best by validation tau
   config.json, data.json, tokenizer.model, template.txt   what the checkpoints need to be used
+  calibration.json   after --mode calibrate: when segments leave early, and what that may cost
   evaluation.json, evaluation.html   with --predictions, and nothing else then
 
 Exit status: 0 done; 2 a mistake in what was given, or a disk that is full (a message says which,
@@ -135,10 +139,10 @@ def _do(
         runs.claim(folder, config)
     else:
         runs.check(folder, config)
-    if mode == "cache_teacher" and not finished:
+    if mode in ("cache_teacher", "calibrate") and not finished:
         raise UserError(
-            f"the {config.stage} in {folder} is not trained to its end, and what it says would "
-            "change; first give the same command without --mode"
+            f"the {config.stage or 'run'} in {folder} is not trained to its end, and what it says "
+            "would change; first give the same command without --mode"
         )
     learners = stages.learners_of(config, all_stages if mode == "cache_teacher" else asked_for)
     if mode != "cache_teacher":
@@ -149,9 +153,11 @@ def _do(
     run = Run(config, folder, start, notice, earlier)
     if trains:
         run.train()
+    if mode == "calibrate":
+        run.calibrate()
     if evaluates:
         run.evaluate()
-    if learners and mode != "evaluate":
+    if learners and mode not in ("evaluate", "calibrate"):
         run.cache_outputs(learners, all_stages)
     if not is_last and notice.reached():
         raise PreemptedError(f"the {config.stage} is done and saved")
@@ -170,11 +176,12 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, tuple[Config,
     parser.add_argument("--workdir", metavar="DIR", help="where the run lives")
     parser.add_argument(
         "--mode",
-        choices=("train", "evaluate", "cache_teacher"),
+        choices=("train", "evaluate", "calibrate", "cache_teacher"),
         default="train",
         help="train: train what is missing, then evaluate (default); evaluate: the best "
-        "checkpoint; cache_teacher: write down what a trained stage says of every training "
-        "example, for those that learn from it",
+        "checkpoint; calibrate: choose when its segments leave early, so that what is lost stays "
+        "within --config.calibration.f1 and tau, then evaluate; cache_teacher: write down what a "
+        "trained stage says of every training example, for those that learn from it",
     )
     parser.add_argument(
         "--predictions",
@@ -214,6 +221,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, tuple[Config,
             "--mode cache_teacher is of a stage that another learns from; say which: "
             "--config.stage=teacher"
         )
+    if args.mode == "calibrate":
+        _ = configs[-1].calibrated_on  # a mistake there is better known at once
     return args, configs
 
 
@@ -396,7 +405,7 @@ class Run:
                     describe=functools.partial(_describe, records, source),
                 )
 
-    def _from(self, source: pipeline.SegmentSource, first: int) -> Iterator[pipeline.Row]:
+    def _from(self, source: pipeline.SegmentSource, first: int = 0) -> Iterator[pipeline.Row]:
         """Batches of all segments from one on, until a notice comes."""
         batch_size = self.config.eval.batch_size
         rows = distributed.own_rows(sharding.batch_sharding(self.mesh), batch_size)
@@ -472,13 +481,12 @@ class Run:
 
     def _evaluate(self) -> None:
         config = self.config
-        with checkpoints.Checkpoints(self._checkpoint_folder) as saved:
-            step = saved.best_step
-            params = saved.restore_params(step, _of_model(self.abstract))
+        step, params, _ = self._best()
         # ---- Predictions: with everything, and with one input left out ----
         test = self._test
         full = self._predict(params, test)
-        models = evaluation.evaluate_exits(test.truths, full, config, self.model_config)
+        policy, calibration = runs.exit_policy(self.workdir, config)
+        models = evaluation.evaluate_exits(test.truths, full, config, self.model_config, policy)
         left_out = {}
         for name in INPUTS if config.eval.ablate_inputs else ():
             blind = self._predict(
@@ -501,11 +509,49 @@ class Run:
             models=models,
             baselines=baselines,
             left_out=left_out,
-            cost=evaluation.early_exit_cost(full, config, self.model_config),
+            cost=evaluation.early_exit_cost(full, config, self.model_config, policy),
+            calibration=calibration,
             notes=protocols.notes_on(test.truths, self.protocol),
         )
         scores = evaluation.of_videos(test.truths, full, evaluation.deepest)
         distributed.on_main(functools.partial(self._report, found, scores, step))
+
+    def calibrate(self) -> None:
+        """Chooses when segments leave early, for a promise about quality; writes calibration.json.
+
+        Raises:
+          PreemptedError: a notice came first.
+          UserError: as `calibration.calibrate`.
+        """
+        with self.notice.deferred():
+            _, params, weights = self._best()
+            settings = self.config.calibration
+            split = self._calibration_split()
+            scored = self._predict(params, split)
+            found = evaluation.calibrate(split.truths, scored, self.config, self.model_config)
+            # ---- Time: of every point, on the same segments, in turn ----
+            scorer = staged.StagedScorer(self.model_config, _of_model(self.shardings), self.mesh)
+            count = -(-settings.timed_segments // self.config.eval.batch_size)
+            batches = list(itertools.islice(self._from(split.source), count))
+            policies = [point.policy for point in found.curve]
+            timed = speed.of_policies(scorer, params, batches, policies, rounds=settings.rounds)
+            found = dataclasses.replace(found, speed=timed)
+            keep = functools.partial(runs.keep_calibration, self.workdir, found, weights)
+            distributed.on_main(keep)
+
+    def _calibration_split(self) -> Split:
+        name, split = self.config.calibrated_on
+        if name == self.config.data.dataset:
+            return self._split(split)
+        data = dataclasses.replace(self.config.data, dataset=name, folds="")
+        return self._split(split, datasets.Dataset(data))
+
+    def _best(self) -> tuple[int, optim.Params, str]:
+        """The best checkpoint: its step, its parameters, and what tells them from others."""
+        with checkpoints.Checkpoints(self._checkpoint_folder) as saved:
+            step = saved.best_step
+            params = saved.restore_params(step, _of_model(self.abstract))
+            return step, params, saved.fingerprint(step)
 
     def _report(
         self,
@@ -555,20 +601,17 @@ class Run:
         """Read once, for training's first look at it and for the evaluation behind."""
         return self._split(self.config.eval.test_split)
 
-    def _split(self, name: str) -> Split:
-        records = self.dataset.split(name)
+    def _split(self, name: str, dataset: datasets.Dataset | None = None) -> Split:
+        """Of the run's data set, or of another."""
+        records = (dataset or self.dataset).split(name)
         return Split(
             truths=evaluation.ground_truths(records, self.protocol),
             source=experiment.make_source(self.config, records, self.make_encoder()),
         )
 
     def _predict(self, params: optim.Params, split: Split) -> evaluation.Prediction:
-        batch_size = self.config.eval.batch_size
-        rows = distributed.own_rows(sharding.batch_sharding(self.mesh), batch_size)
         scores = scoring.score_videos(
-            functools.partial(self.score_fn, params),
-            self._until_told(pipeline.in_order(split.source, batch_size=batch_size, rows=rows)),
-            self.mesh,
+            functools.partial(self.score_fn, params), self._from(split.source), self.mesh
         )
         return evaluation.Prediction(
             bounds=split.source.bounds, scores=[scores[row] for row in range(len(split.truths))]

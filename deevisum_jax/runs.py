@@ -18,6 +18,8 @@ from deevisum_jax.config import STAGES, Config
 from deevisum_jax.data import prompts
 from deevisum_jax.errors import UserError
 from deevisum_jax.files import exists, in_bucket, is_shown, locate, write_whole
+from deevisum_jax.inference.calibration import Calibration
+from deevisum_jax.inference.exit_policy import ExitPolicy
 from deevisum_jax.models import paligemma2
 from deevisum_jax.models.paligemma2 import PaliGemma2Config
 
@@ -35,11 +37,13 @@ ORIGIN_FILE = "origin.json"
 DATA_FILE = "data.json"
 # Which weights it learns from, by stage.
 TEACHERS_FILE = "teachers.json"
+CALIBRATION_FILE = "calibration.json"  # when segments leave early, and what that was shown to cost
 
 # What may differ between a workdir's config and the one it is resumed with: nothing that a trained
 # number depends on.
 _MAY_CHANGE = ("log_every", "checkpoint.", "eval.", "mesh.", "data.data_dir", "data.cache_mib")
 _MAY_CHANGE += ("data.num_threads", "data.manual_dir", "distill.source", "distill.folder")
+_MAY_CHANGE += ("calibration.",)
 
 
 _BEFORE_TRAINING = (
@@ -277,6 +281,59 @@ def keep_teachers(workdir: epath.Path, fingerprints: Mapping[str, str]) -> None:
             f"the run in {workdir} began with other weights of its {' and '.join(others)}; bring "
             "them back (distill.folder), or give --workdir a new folder"
         )
+
+
+def keep_calibration(workdir: epath.Path, calibration: Calibration, weights: str) -> None:
+    """Writes when segments leave early; `weights` is `Checkpoints.fingerprint` of what scores."""
+    found = {"weights": weights} | calibration.to_json()
+    write_whole(workdir / CALIBRATION_FILE, json.dumps(found, indent=2) + "\n")
+
+
+def load_calibration(run: epath.Path) -> Calibration | None:
+    """What `keep_calibration` wrote for the best checkpoint of a run; None where nothing was.
+
+    Raises:
+      UserError: it was made for other weights, or is no such file.
+    """
+    path = run / CALIBRATION_FILE
+    if not exists(path):
+        return None
+    advice = "calibrate again (python -m deevisum_jax.main ... --mode calibrate), or delete it"
+    found = dict(files.read_json(path, advice))
+    with checkpoints.Checkpoints(run / CHECKPOINT_FOLDER) as saved:
+        weights = saved.fingerprint(saved.best_step)
+    if found.pop("weights", None) != weights:
+        raise UserError(
+            f"{path} is of other weights than the best checkpoint beside it, for which it promises "
+            f"nothing; {advice}"
+        )
+    try:
+        return Calibration.from_json(found)
+    except (KeyError, TypeError, ValueError) as error:  # a UserError is one
+        raise UserError(f"{path} is no calibration of this version ({error}); {advice}") from None
+
+
+def exit_policy(run: epath.Path, config: Config) -> tuple[ExitPolicy, Calibration | None]:
+    """When segments leave: as the run was calibrated, or else as its config says.
+
+    Args:
+      run: its folder.
+      config: its config.
+
+    Raises:
+      UserError: as `load_calibration`, or the calibration is of a model with other exits.
+    """
+    num_exits, calibration = len(config.model.exit_layers), load_calibration(run)
+    if calibration is None:
+        given = config.eval
+        return ExitPolicy.of(given.exit_threshold, num_exits, given.exit_confidence), None
+    if len(calibration.policy.thresholds) != num_exits - 1:
+        raise UserError(
+            f"{run / CALIBRATION_FILE} has thresholds of a model with "
+            f"{len(calibration.policy.thresholds) + 1} exits, and this one has {num_exits}; "
+            "calibrate it (--mode calibrate)"
+        )
+    return calibration.policy, calibration
 
 
 def _others(kept: Any, given: Any) -> str:

@@ -128,7 +128,7 @@ PARAM_AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     # From a student's hidden states to a teacher's.
     (r"distill/(teacher|mentor)/kernel", ("exits", "norm", "norm")),
-    (r"exits/norm/scale", ("exits", "norm")),
+    (r"exits/(norm/scale|prototype)", ("exits", "norm")),
     (r"exits/(classifier|importance)/kernel", ("exits", "norm", "classes")),
     (r"exits/(classifier|importance)/bias", ("exits", "classes")),
 )

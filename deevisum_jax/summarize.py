@@ -7,18 +7,18 @@ they work.
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import math
 import os
 import pathlib
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import absl.logging
 import jax
@@ -43,17 +43,20 @@ from deevisum_jax.data.segments import Video, segment_bounds
 from deevisum_jax.data.video import DecodedVideo, decode_video
 from deevisum_jax.errors import UserError, exits_cleanly
 from deevisum_jax.files import whole_folder, write_whole, writing
-from deevisum_jax.inference import scoring
+from deevisum_jax.inference import staged
+from deevisum_jax.inference.exit_policy import ExitPolicy
 from deevisum_jax.models import paligemma2
 from deevisum_jax.summary import render, report, select, shots
+from deevisum_jax.typing import ExitedScores
 
-T = TypeVar("T")
+# Segment borders float[M, 2] in seconds, and what is said of each segment.
+Scored = tuple[np.ndarray, ExitedScores]
 
 EXIT_SOME_FAILED = 1
 
 _FRAME_RATE = 2.0  # frames per second looked at, the rate of the stored data sets
 _MIN_SUMMARY_S = 0.5  # below this there is nothing to watch
-_THE_RUNS = object()  # stands for the run's own exit threshold; None is "off"
+_AUTO, _OFF = "auto", "off"
 _EXAMPLES = """\
 examples:
   python -m deevisum_jax.summarize holiday.mp4 --checkpoint runs/quickstart --out holiday/
@@ -108,6 +111,7 @@ def _summarize_one(args: argparse.Namespace) -> int:
         with media.open_media(path) as container:
             media.video_stream(container, path)
         _say(f"loading {args.checkpoint}")
+        policy = exit_policy(args.exit_threshold, args.checkpoint, _run_config(args.checkpoint))
         student = Student(args.checkpoint)
         _say(f"decoding {args.video}")
         film = read_film(
@@ -118,9 +122,8 @@ def _summarize_one(args: argparse.Namespace) -> int:
             subtitles_path=words,
             name=args.video,
         )
-        threshold = _exit_threshold(args, student.config)
         _say(f"scoring {film.video.duration_s:.0f} s of video")
-        summary = summarize(film, student, budget=args.budget, threshold=threshold)
+        summary = summarize(film, student, budget=args.budget, policy=policy)
         _say(f"writing {args.out}")
         with writing(args.out):
             write_outputs(film, summary, folder, num_layers=student.model_config.llm.depth)
@@ -141,8 +144,31 @@ def _say(what: str) -> None:
         print(f"{what} …", file=sys.stderr)
 
 
-def _exit_threshold(args: argparse.Namespace, config: Config) -> float | None:
-    return config.eval.exit_threshold if args.exit_threshold is _THE_RUNS else args.exit_threshold
+def exit_policy(
+    asked: str | tuple[float, ...] | None, run: epath.Path, config: Config
+) -> ExitPolicy:
+    """When segments leave.
+
+    Args:
+      asked: as `--exit_threshold`: auto, off or thresholds; None = as the run was calibrated, or
+        else as its config says.
+      run: a run's folder.
+      config: its config.
+
+    Raises:
+      UserError: auto is asked of a run that was not calibrated, or thresholds that do not fit it.
+    """
+    if asked == _OFF:
+        return ExitPolicy.off(len(config.model.exit_layers))
+    if asked not in (None, _AUTO):
+        return ExitPolicy.of(asked, len(config.model.exit_layers), config.eval.exit_confidence)
+    policy, calibration = runs.exit_policy(run, config)
+    if asked == _AUTO and calibration is None:
+        raise UserError(
+            f"--exit_threshold auto: {run} was not calibrated; do so (python -m deevisum_jax.main "
+            "... --mode calibrate), or give off or a threshold"
+        )
+    return policy
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -200,11 +226,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--exit_threshold",
         type=_threshold,
-        metavar="off|P",
-        help="judge each segment at the first of the model's exits that is this sure of it, a "
-        "probability from 0.5 to 1; off: always at the last (default: the run's "
-        "eval.exit_threshold)",
-        default=_THE_RUNS,
+        metavar="auto|off|P",
+        help="judge each segment at the first of the model's exits that is this sure of it, such "
+        "as 0.9, or 0.99,0.8 for one after the other; off: always at the last; auto: as main "
+        "--mode calibrate has chosen (default: auto if it has, else the run's eval.exit_threshold)",
     )
     distributed.add_flags(parser)
     args = parser.parse_args(argv)
@@ -223,16 +248,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def _threshold(text: str) -> float | None:
-    if text == "off":
-        return None
+def _threshold(text: str) -> str | tuple[float, ...]:
+    if text in (_AUTO, _OFF):
+        return text
     try:
-        value = float(text)
+        values = tuple(float(part) for part in text.split(","))
     except ValueError:
-        value = float("nan")
-    if not 0.5 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither off nor a number from 0.5 to 1")
-    return value
+        values = (math.nan,)
+    if not all(0 <= value <= 1 for value in values):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither auto nor off, nor a number from 0 to 1, nor several with commas"
+        )
+    return values
 
 
 class Student:
@@ -253,47 +280,163 @@ class Student:
             self.config, tokens, template, self.model_config.img.image_size
         )
         shapes = paligemma2.abstract_params(self.model_config)
-        self._mesh = sharding.fitting_mesh(shapes, devices=jax.local_devices())
-        shardings = sharding.param_shardings(shapes, self._mesh)
-        abstract = sharding.abstract(shapes, shardings)
+        self.mesh = sharding.fitting_mesh(shapes, devices=jax.local_devices())
+        self.param_shardings = sharding.param_shardings(shapes, self.mesh)
+        abstract = sharding.abstract(shapes, self.param_shardings)
         with checkpoints.Checkpoints(run / runs.CHECKPOINT_FOLDER) as saved:
-            params = saved.restore_params(saved.best_step, abstract)
-        score_fn = scoring.make_score_fn(self.model_config, shardings, self._mesh)
-        self._score_fn = functools.partial(score_fn, params)
+            self.params = saved.restore_params(saved.best_step, abstract)
+        self.scorer = staged.StagedScorer(self.model_config, self.param_shardings, self.mesh)
 
-    def score(
-        self, video: Video, *, one_shape: bool = False
-    ) -> tuple[np.ndarray, scoring.SegmentScores]:
-        """Segment borders `float[M, 2]` in seconds, and their scores at every exit.
-
-        A batch is the run's `eval.batch_size`, no larger than the video needs, rounded up to what
-        the devices divide.
+    def score(self, video: Video, policy: ExitPolicy) -> Scored:
+        """Scores one video; a batch is no larger than it needs.
 
         Args:
           video: of any length.
-          one_shape: batches are as large for a short video, so that nothing is compiled anew for
-            it.
+          policy: when a segment leaves; what is compiled for one serves the next.
 
         Raises:
           UserError: the scores are no numbers.
           VideoError: this video's segments cannot be made; its cause says why.
         """
-        bounds = segment_bounds(video.duration_s, self.config.data.segment_s)
-        rows = self.config.eval.batch_size
-        if not one_shape:
-            rows = min(rows, len(bounds))
-        batches = pipeline.in_order(
-            pipeline.VideoSegments(video, bounds, self.encoder),
-            batch_size=-(-rows // self._mesh.size) * self._mesh.size,
-        )
-        with jax.set_mesh(self._mesh), _made_ahead(batches) as batches:
-            scores = scoring.score_videos(self._score_fn, batches, self._mesh)[0]
-        if not np.isfinite(scores.importance).all():
+        num_segments = len(segment_bounds(video.duration_s, self.config.data.segment_s))
+        rows = min(self.config.eval.batch_size, num_segments)
+        with contextlib.closing(self._score([video], policy, rows)) as results:
+            [result] = results
+        if isinstance(result, VideoError):
+            raise result
+        return result
+
+    def score_all(
+        self, videos: Iterable[Video], policy: ExitPolicy
+    ) -> Generator[Scored | VideoError, None, None]:
+        """Scores videos as one stream, so that batches are full however short the videos are.
+
+        What is said of a video does not depend on the others. Who is not sure waits for segments of
+        the videos to come; at the end of `videos` nobody waits any more.
+
+        Args:
+          videos: each is asked for when there is room for its segments.
+          policy: when a segment leaves; what is compiled for one serves the next.
+
+        Yields:
+          In the order of the videos, each when its last segment has left: as `score`, or why its
+          segments cannot be made, as the cause of a `VideoError`.
+
+        Raises:
+          UserError: the scores are no numbers.
+        """
+        return self._score(videos, policy, self.config.eval.batch_size)
+
+    def _score(
+        self, videos: Iterable[Video], policy: ExitPolicy, rows: int
+    ) -> Generator[Scored | VideoError, None, None]:
+        """As `score_all`, in batches of so many rows, or what the devices divide above that."""
+        under_way: dict[int, _UnderWay] = {}  # by number, in order
+
+        def begun() -> Iterator[_UnderWay]:
+            for number, video in enumerate(videos):
+                bounds = segment_bounds(video.duration_s, self.config.data.segment_s)
+                segments = pipeline.VideoSegments(video, bounds, self.encoder)
+                under_way[number] = _UnderWay(number, bounds, segments)
+                yield under_way[number]
+
+        def finished() -> Iterator[Scored | VideoError]:
+            while under_way and under_way[first := next(iter(under_way))].is_finished:
+                yield self._result(under_way.pop(first))  # no name holds its pictures meanwhile
+
+        maker = ThreadPoolExecutor(1)
+        try:
+            batches = _packed(begun(), maker, -(-rows // self.mesh.size) * self.mesh.size)
+            stream = self.scorer.stream(self.params, batches, policy)
+            while True:
+                with jax.set_mesh(self.mesh):  # not around a `yield`, for others' code
+                    exited = next(stream, None)
+                if exited is None:
+                    break
+                numbers, segments, scores = exited
+                # Of those that have failed some may still come; nobody asks for them.
+                for number in set(numbers.tolist()) & under_way.keys():
+                    theirs = numbers == number
+                    scores_of = jax.tree.map(lambda a, rows=theirs: a[rows], scores)
+                    under_way[number].take(segments[theirs], scores_of)
+                yield from finished()
+            yield from finished()
+        finally:
+            maker.shutdown(cancel_futures=True)
+
+    def _result(self, video: _UnderWay) -> Scored | VideoError:
+        if video.error is not None:
+            failed = VideoError()
+            failed.__cause__ = video.error
+            return failed
+        if not np.isfinite(video.scores.importance).all():
             raise UserError(
                 f"the checkpoint of {self._run} gives scores that are no finite numbers; train it "
                 "again, with a lower learning rate"
             )
-        return bounds, scores
+        return video.bounds, video.scores
+
+
+class _UnderWay:
+    """A video whose segments are being scored."""
+
+    def __init__(self, number: int, bounds: np.ndarray, segments: Sequence[pipeline.Row]) -> None:
+        self.number, self.bounds = number, bounds
+        self.error: Exception | None = None  # why one of its segments cannot be made
+        self._segments, self._num_left = segments, len(bounds)
+        self.scores = ExitedScores(
+            importance=np.empty(len(bounds), np.float32),
+            summary_prob=np.empty(len(bounds), np.float32),
+            exit_index=np.empty(len(bounds), np.int64),
+        )
+
+    @property
+    def is_finished(self) -> bool:
+        return self._num_left == 0 or self.error is not None
+
+    def row(self, segment: int) -> pipeline.Row:
+        """Of a batch."""
+        return self._segments[segment] | {"video_id": np.int32(self.number)}
+
+    def take(self, segments: np.ndarray, scores: ExitedScores) -> None:
+        """Scores of some, which have left."""
+        for field in dataclasses.fields(scores):
+            getattr(self.scores, field.name)[segments] = getattr(scores, field.name)
+        self._num_left -= len(segments)
+
+
+def _packed(
+    videos: Iterable[_UnderWay], maker: ThreadPoolExecutor, batch_size: int
+) -> Iterator[pipeline.Row]:
+    """Their segments in full batches, over the borders of videos; the last is filled up.
+
+    The rows of a batch are made by `maker` while the one before is used. What goes wrong in making
+    one is the video's `error`, and no more of it is made.
+    """
+
+    def coming() -> Iterator[tuple[_UnderWay, Future[pipeline.Row]]]:
+        ahead: collections.deque[tuple[_UnderWay, Future[pipeline.Row]]] = collections.deque()
+        for video in videos:
+            for segment in range(len(video.bounds)):
+                if video.error is not None:
+                    break
+                ahead.append((video, maker.submit(video.row, segment)))
+                if len(ahead) > batch_size:
+                    yield ahead.popleft()
+        while ahead:
+            yield ahead.popleft()
+
+    rows: list[pipeline.Row] = []
+    for video, row in coming():
+        try:
+            rows.append(row.result())
+        except Exception as error:
+            video.error = error
+        if len(rows) == batch_size:
+            yield from pipeline.in_order(rows, batch_size=batch_size)
+            rows = []
+    if rows:
+        yield from pipeline.in_order(rows, batch_size=batch_size)
 
 
 def _run_config(run: pathlib.Path | epath.Path) -> Config:
@@ -308,27 +451,6 @@ def _run_config(run: pathlib.Path | epath.Path) -> Config:
             "--checkpoint the folder that deevisum_jax.main was given as --workdir"
         )
     return runs.load_config(run)
-
-
-@contextlib.contextmanager
-def _made_ahead(batches: Iterable[T]) -> Iterator[Iterator[T]]:
-    """The next is made while one is used; what goes wrong in making is a `VideoError`."""
-    batches, end = iter(batches), object()
-
-    def used() -> Iterator[T]:
-        coming = maker.submit(next, batches, end)
-        while True:
-            try:
-                batch = coming.result()
-            except Exception as error:
-                raise VideoError from error
-            if batch is end:
-                return
-            coming = maker.submit(next, batches, end)
-            yield batch
-
-    with ThreadPoolExecutor(1) as maker:
-        yield used()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -403,16 +525,14 @@ def read_film(
     return Film(path=str(path), name=name, video=video, decoded=decoded, notes=tuple(notes))
 
 
-def summarize(
-    film: Film, student: Student, *, budget: float, threshold: float | None
-) -> dict[str, Any]:
+def summarize(film: Film, student: Student, *, budget: float, policy: ExitPolicy) -> dict[str, Any]:
     """Scores a film and chooses its shots; the content of summary.json but for the keyframes.
 
     Args:
       film: of `read_film`.
       student: the model.
       budget: share of the film to keep.
-      threshold: exit threshold, None = every segment runs every layer.
+      policy: when a segment leaves.
 
     Raises:
       UserError: the film is too short for a summary of this budget, or its pictures stay longer
@@ -420,11 +540,11 @@ def summarize(
     """
     _check_length(film, budget)
     try:
-        bounds, scores = student.score(film.video)
+        bounds, scores = student.score(film.video, policy)
     except VideoError as error:
         raise error.__cause__ from None
     exit_layers = student.model_config.exit_layers
-    return choose(film, bounds, scores, exit_layers, budget=budget, threshold=threshold)
+    return choose(film, bounds, scores, exit_layers, budget=budget, policy=policy)
 
 
 def _check_length(film: Film, budget: float) -> None:
@@ -442,19 +562,15 @@ def _check_length(film: Film, budget: float) -> None:
 def choose(
     film: Film,
     bounds: np.ndarray,
-    scores: scoring.SegmentScores,
+    scores: ExitedScores,
     exit_layers: Sequence[int],
     *,
     budget: float,
-    threshold: float | None,
+    policy: ExitPolicy,
 ) -> dict[str, Any]:
     """Chooses the shots of a film whose segments are scored, as `summarize` does."""
     duration_s = film.video.duration_s
     budget_s = budget * duration_s
-    # ---- Segments: at the exit of each ----
-    last = np.full(len(bounds), len(exit_layers) - 1)
-    exits = last if threshold is None else scoring.exit_index(scores.summary_prob, threshold)
-    segment_scores = scoring.at_exit(scores, exits)
     # ---- Shots: found on the pictures, valued by the segments they lie in ----
     native = film.decoded
     found = shots.detect_shots(
@@ -465,7 +581,7 @@ def choose(
         max_shot_s=shots.shot_limit_s(duration_s, budget),
         duration_s=duration_s,
     )
-    frame_scores = segment_scores[np.searchsorted(bounds[1:, 0], native.native_times, "right")]
+    frame_scores = scores.importance[np.searchsorted(bounds[1:, 0], native.native_times, "right")]
     shot_scores = select.shot_scores(frame_scores, found)
     # ---- Choice: what fits the budget ----
     lengths_s = np.array([shot.end_s - shot.start_s for shot in found])
@@ -489,7 +605,7 @@ def choose(
         "title": film.video.title,
         "duration_s": duration_s,
         "budget": budget,
-        "exit_threshold": threshold,
+        "exit_policy": policy.to_json(),
         "segments": [
             {
                 "start_s": float(start),
@@ -499,7 +615,7 @@ def choose(
                 "selected": bool(held > (end - start) / 2),  # most of it is in the summary
             }
             for (start, end), score, exit_, held in zip(
-                bounds, segment_scores, exits, inside, strict=True
+                bounds, scores.importance, scores.exit_index, inside, strict=True
             )
         ],
         "shots": [
@@ -559,7 +675,7 @@ class Task:
     mine: list[Item]
     left: list[Item]  # of `mine`
     student: Student | None  # None where nothing is left for anybody
-    threshold: float | None
+    policy: ExitPolicy
 
 
 def _summarize_many(args: argparse.Namespace) -> int:
@@ -603,8 +719,8 @@ def _begin(args: argparse.Namespace) -> Task:
     """
     items = corpus.read_manifest(files.locate(args.manifest))
     config, judge = _run_config(args.checkpoint), _identity(args.checkpoint)
-    threshold = _exit_threshold(args, config)
-    settings = judge | {"budget": args.budget, "exit_threshold": threshold}
+    policy = exit_policy(args.exit_threshold, args.checkpoint, config)
+    settings = judge | {"budget": args.budget, "exit_policy": policy.to_json()}
     rows = hashlib.sha256(repr(items).encode("utf-8", "surrogateescape")).hexdigest()
     distributed.check_same(
         "command", json.dumps(settings | {"out": str(args.out), "manifest": rows})
@@ -624,7 +740,7 @@ def _begin(args: argparse.Namespace) -> Task:
         mine=mine,
         left=left,
         student=None if finished else Student(args.checkpoint),
-        threshold=threshold,
+        policy=policy,
     )
 
 
@@ -677,15 +793,28 @@ def make_steps(task: Task, *, budget: float) -> corpus.Steps[_Opened, _Opened]:
                 _check_length(film, budget)
             return _Opened(film=film, copies=copies.pop_all())
 
-    def score(opened: _Opened) -> _Opened:
+    def score(opened: Iterator[_Opened]) -> Generator[_Opened | VideoError, None, None]:
+        under_way: collections.deque[_Opened] = collections.deque()
+
+        def videos() -> Iterator[Video]:
+            for one in opened:
+                under_way.append(one)
+                yield one.film.video
+
+        with contextlib.closing(student.score_all(videos(), task.policy)) as results:
+            for result in results:
+                yield cut(under_way.popleft(), result)
+
+    def cut(opened: _Opened, result: Scored | VideoError) -> _Opened | VideoError:
+        if isinstance(result, VideoError):
+            return result
         film = opened.film
-        bounds, scores = student.score(film.video, one_shape=True)
         try:
-            summary = choose(
-                film, bounds, scores, exit_layers, budget=budget, threshold=task.threshold
-            )
+            summary = choose(film, *result, exit_layers, budget=budget, policy=task.policy)
         except Exception as error:
-            raise VideoError from error
+            failed = VideoError()
+            failed.__cause__ = error
+            return failed
         return dataclasses.replace(opened, film=film.without_pictures(), summary=summary)
 
     def write(item: Item, scored: _Opened) -> str:

@@ -107,8 +107,12 @@ def compute_losses(
         parts[f"loss/score/exit_{layer}"] = losses.score_cross_entropy(
             output.exits.importance[x], batch.score, batch.valid
         )
+        parts[f"loss/prototype/exit_{layer}"] = losses.prototype_cross_entropy(
+            output.exits.cosine[x], batch.label, batch.valid
+        )
         weights[f"loss/class/exit_{layer}"] = config.class_ * weight
         weights[f"loss/score/exit_{layer}"] = config.score * weight
+        weights[f"loss/prototype/exit_{layer}"] = config.prototype * weight
     if distill:
         at_chosen = dict(zip(taught, at_chosen, strict=True))
         parts |= objective.compute(
@@ -237,7 +241,8 @@ def _counts(
     valid = jnp.sum(batch.valid.astype(jnp.float32))
     counts = {"loss/token": jnp.sum(teachers.counted(batch)[:, 1:].astype(jnp.float32))}
     for layer in exit_layers:
-        counts |= {f"loss/class/exit_{layer}": valid, f"loss/score/exit_{layer}": valid}
+        for kind in ("class", "score", "prototype"):
+            counts[f"loss/{kind}/exit_{layer}"] = valid
     return counts | (objective.counts(distill, batch) if distill else {})
 
 

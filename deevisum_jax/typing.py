@@ -20,6 +20,13 @@ Array = jax.Array | np.ndarray
 
 INPUTS = ("picture", "text", "sound")  # what a segment is judged by
 RESIZES = ("bilinear", "bicubic")  # how pictures come to the model's size, both with antialias
+# How sure an exit is, in `inference.exit_policy`'s words, and the range of that.
+CONFIDENCES: Mapping[str, tuple[float, float]] = {
+    "max_probability": (0.5, 1.0),
+    "entropy": (0.0, 1.0),
+    "cosine": (0.0, 1.0),
+    "agreement": (0.0, 1.0),
+}
 
 
 @jax.tree_util.register_dataclass
@@ -68,3 +75,31 @@ class ExitScores:
 
     class_logits: Array  # float32[X, B, 2], not-summary and summary
     importance: Array  # float32[X, B], logit of the importance score
+    cosine: Array  # float32[X, B], of the row that is read and the summary class's prototype
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SegmentScores:
+    """`ExitScores` as they are read: of one video's segments (or of many), or of a batch's.
+
+    Where one exit alone is meant, the leading axis is not there.
+    """
+
+    importance: Array  # float32[X, M] in (0, 1)
+    summary_prob: Array  # float32[X, M], probability that the segment belongs to the summary
+    cosine: Array  # float32[X, M] in [-1, 1]
+
+    def at(self, exit_: int) -> SegmentScores:
+        """What one exit says, `float32[M]` each."""
+        return jax.tree.map(lambda a: a[exit_], self)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExitedScores:
+    """What is said of each segment at the exit that it left at."""
+
+    importance: Array  # float32[M] in (0, 1)
+    summary_prob: Array  # float32[M]
+    exit_index: Array  # int[M], row of the exit, 0 = the shallowest

@@ -557,10 +557,16 @@ def _deevisum_section(source: Source) -> dict[str, Any]:
         return dict(source.start.checkpoint.deevisum)  # of an export of ours, as it came
     template = prompts.load_template(str(source.start.folder / runs.TEMPLATE_FILE))
     encoder = experiment.make_encoder(run, source.tokens, template, source.config.img.image_size)
+    policy, calibration = runs.exit_policy(source.start.folder, run)
+    if calibration is not None:
+        kept = ("promise", "num_search", "num_test", "text")  # the curve is the report's
+        told = calibration.to_json()
+        calibration = {name: told[name] for name in kept}
     return {
         "format": hf_folder.DEEVISUM_FORMAT,
         "exit_layers": list(source.config.exit_layers),
-        "exit_threshold": run.eval.exit_threshold,
+        "exit_policy": policy.to_json(),
+        "calibration": calibration,
         "label_tokens": list(encoder.prompts.label_tokens),
         "prompt_template": template.text,
         "num_frames": run.data.num_frames,

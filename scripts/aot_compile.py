@@ -11,7 +11,7 @@ from deevisum_jax import config as config_lib
 from deevisum_jax.config import Config
 from deevisum_jax.errors import UserError, exits_cleanly
 from deevisum_jax.files import locate, write_whole
-from deevisum_jax.planner import chips, environment, plan, report
+from deevisum_jax.planner import chips, early_exit, environment, plan, report
 from deevisum_jax.planner.plan import Plan
 
 _EXAMPLES = """\
@@ -19,6 +19,7 @@ examples:
   python scripts/aot_compile.py --config configs/paligemma2_3b.py --topology v5e:4x4
   python scripts/aot_compile.py --config configs/paligemma2_3b.py --topology v5e:4x4 --mode score \\
       --config.eval.batch_size=256
+  python scripts/aot_compile.py --config configs/tvsum_3b.py --topology v5e:2x2 --mode early_exit
   python scripts/aot_compile.py --config configs/paligemma2_3b.py --all --json plans.json \\
       --config.model.variant=paligemma2_10b "--config.model.exit_layers=(12, 21, 30, 42)"
 
@@ -57,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             values = [report.as_json(config.model.variant, one) for one in made]
             write_whole(out, json.dumps(values, indent=2) + "\n")
 
-    if args.all:
+    if args.mode == "early_exit":
+        _early_exit(config, slices, keep)
+    elif args.all:
         _table(config, stages, slices, [args.mode] if args.mode else ("full", "score"), keep)
     else:
         _pages(config, stages, slices, args.mode or "full", keep)
@@ -80,6 +83,19 @@ def _pages(
         if not found.fits:
             print("looking for what fits ...", file=sys.stderr, flush=True)
             print(report.advice_text(found, plan.advise(config, found, stages)), flush=True)
+
+
+def _early_exit(
+    config: Config, slices: Sequence[chips.Topology], keep: Callable[[Plan], None]
+) -> None:
+    """A table of stages for each slice, and advice where the full pass does not fit."""
+    for topology in slices:
+        found = early_exit.plan(config, topology, keep)
+        print(report.early_exit(config.model.variant, found), flush=True)
+        if not found.whole.fits:
+            print("looking for what fits ...", file=sys.stderr, flush=True)
+            advice = plan.advise(config, found.whole)
+            print(report.advice_text(found.whole, advice), flush=True)
 
 
 def _table(
@@ -136,7 +152,8 @@ def _parse(
         choices=plan.MODES,
         help="full: an update of training at batch_size (default); score: the scoring pass at "
         "eval.batch_size; cache_teacher: what a stage that others learn from does once for every "
-        "batch of that size; --all has the first two unless one is named",
+        "batch of that size; early_exit: scoring in stages, one by one; --all has the "
+        "first two unless another is named",
     )
     add(
         "--all",
@@ -156,6 +173,8 @@ def _parse(
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if not args.topology and not args.all:
         parser.error(f"--topology is wanted, or --all; known slices: {', '.join(chips.known())}")
+    if args.all and args.mode == "early_exit":
+        parser.error("--mode early_exit has a table for each slice: name them, without --all")
     overrides = [flag.removeprefix("--config.") for flag in rest]
     stages = config_lib.described_stages(args.config, overrides)
     return args, config_lib.from_file(args.config, overrides), stages

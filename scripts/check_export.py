@@ -26,10 +26,12 @@ import torch
 import transformers
 
 from deevisum_jax import runs, weights
+from deevisum_jax.convert import hf_folder
 from deevisum_jax.data import prompts
 from deevisum_jax.data.tokenizer import BOS, PAD
 from deevisum_jax.errors import UserError, exits_cleanly
 from deevisum_jax.inference import generation, scoring
+from deevisum_jax.inference.exit_policy import ExitPolicy
 from deevisum_jax.models import lora, paligemma2
 
 TOLERANCE = 1e-4
@@ -49,6 +51,7 @@ class Said:
     logits: np.ndarray  # float32[B, V] at the last prefix position
     tokens: np.ndarray  # int32[B, num_tokens], greedy
     class_logits: np.ndarray | None = None  # float32[B, 2] at the exit taken
+    cosine: np.ndarray | None = None  # float32[B] there
     exit_layer: np.ndarray | None = None  # int[B]
 
 
@@ -87,7 +90,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if source.tokens is None:
         raise UserError(f"{source.path} brings no tokenizer; give --tokenizer the one exported")
     frames, texts = random_segments(source, args.segments, args.seed)
-    ours = say_ours(source, frames, texts, args.tokens, exported["torch_dtype"])
+    policy = None
+    if source.config.exit_layers:
+        hf_folder.check_deevisum(exported["deevisum"], config_file)
+        policy = ExitPolicy.from_json(exported["deevisum"]["exit_policy"])
+    if source.run is not None and policy != runs.exit_policy(source.start.folder, source.run)[0]:
+        raise UserError(
+            f"{args.exported} lets segments leave otherwise than {source.path} does now, which was "
+            "calibrated since, or is no longer; export it again"
+        )
+    ours = say_ours(source, frames, texts, args.tokens, exported["torch_dtype"], policy)
     gc.collect()  # the parameters
     with torch.no_grad():
         theirs = say_theirs(args.exported, source, frames, texts, args.tokens)
@@ -122,10 +134,12 @@ def say_ours(
     texts: list[list[int]],
     num_tokens: int,
     dtype: str,
+    policy: ExitPolicy | None,
 ) -> Said:
     """In JAX, with the parameters rounded to the dtype that they were exported in.
 
-    What was exported in float32 is held against the run's own adapters and codes.
+    Segments leave by the exported `policy`; None of a model without exits. What was exported in
+    float32 is held against the run's own adapters and codes.
     """
     config = dataclasses.replace(source.config, dtype="float32")
     params = source.load()
@@ -169,15 +183,15 @@ def say_ours(
     )
     if not config.exit_layers:
         return said
-    class_logits = np.concatenate([exits.class_logits for _, exits in parts], axis=1)
-    if source.run is None:  # an export of ours
-        threshold = source.start.checkpoint.deevisum["exit_threshold"]
-    else:
-        threshold = source.run.eval.exit_threshold
-    taken = scoring.exit_index(np.asarray(jax.nn.softmax(class_logits)[..., 1]), threshold)
+    exits = jax.tree.map(
+        lambda *of_parts: np.concatenate(of_parts, axis=1), *(exits for _, exits in parts)
+    )
+    taken = policy.exit_index(scoring.read(exits))
+    rows = np.arange(len(taken))
     return dataclasses.replace(
         said,
-        class_logits=class_logits[taken, np.arange(len(taken))],
+        class_logits=exits.class_logits[taken, rows],
+        cosine=exits.cosine[taken, rows],
         exit_layer=np.asarray(config.exit_layers)[taken],
     )
 
@@ -221,6 +235,7 @@ def say_theirs(
     return dataclasses.replace(
         said,
         class_logits=np.concatenate([score.class_logits.numpy() for score in scores]),
+        cosine=np.concatenate([score.cosine.numpy() for score in scores]),
         exit_layer=np.concatenate([score.exit_layer.numpy() for score in scores]),
     )
 
@@ -236,14 +251,21 @@ def report(ours: Said, theirs: Said) -> int:
     agree = checks["logits, largest difference"] <= TOLERANCE and same_tokens.all()
     if ours.exit_layer is not None:
         same = ours.exit_layer == theirs.exit_layer
-        difference = np.abs(ours.class_logits - theirs.class_logits)[same].max(initial=0.0)
+        difference, cosine_difference = (
+            np.abs(of_ours - of_theirs)[same].max(initial=0.0)
+            for of_ours, of_theirs in (
+                (ours.class_logits, theirs.class_logits),
+                (ours.cosine, theirs.cosine),
+            )
+        )
         layers, counts = np.unique(ours.exit_layer, return_counts=True)
         checks |= {
             "class scores, largest difference": difference,
+            "cosines to the prototype, largest difference": cosine_difference,
             "segments that leave at the same exit": f"{same.sum()} of {same.size}",
             "segments by exit": dict(zip(layers.tolist(), counts.tolist(), strict=True)),
         }
-        agree &= difference <= TOLERANCE and same.all()
+        agree &= max(difference, cosine_difference) <= TOLERANCE and same.all()
     for name, value in checks.items():
         print(
             f"{name}: {value:.2e}" if isinstance(value, float | np.floating) else f"{name}: {value}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import errno
@@ -14,16 +15,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+import types
+from collections.abc import Iterator, Sequence
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
 
-from deevisum_jax import corpus, files, summarize
+from deevisum_jax import config as config_lib
+from deevisum_jax import corpus, experiment, files, summarize
 from deevisum_jax.corpus import Corpus, Item, Steps, VideoError
+from deevisum_jax.data import tokenizer
 from deevisum_jax.errors import PreemptedError, UserError
-from deevisum_jax.inference import scoring
+from deevisum_jax.inference import staged
+from deevisum_jax.models import paligemma2
 from scripts import benchmark_corpus
 from tests import processes, untrained
 from tests.media import write_video
@@ -142,12 +148,17 @@ class Thing:
 
 
 class Record:
-    """Steps that do nothing but note when they were called; a test fills in what they do."""
+    """Steps that do nothing but note when they were called; a test fills in what they do.
 
-    def __init__(self, folder: pathlib.Path, names: str, num_bytes: int = 1) -> None:
+    Who is scored is given back when `num_held` others were taken behind it, or none is left.
+    """
+
+    def __init__(
+        self, folder: pathlib.Path, names: str, num_bytes: int = 1, num_held: int = 0
+    ) -> None:
         self.corpus = Corpus(epath.Path(folder))
         self.items = [Item(id=name, video=epath.Path(f"{name}.mp4")) for name in names]
-        self.num_bytes = num_bytes
+        self.num_bytes, self.num_held = num_bytes, num_held
         self.done = {
             f"{step} {name}": threading.Event()
             for step in ("read", "score", "write")
@@ -164,11 +175,27 @@ class Record:
             self.items,
             Steps(
                 read=lambda item: self._do("read", item.id),
-                score=lambda thing: self._do("score", thing.name),
+                score=self._score,
                 write=lambda item, thing: self._do("write", item.id) and "fine",
             ),
             self.said.append,
         )
+
+    def _score(self, things: Iterator[Thing]) -> Iterator[Thing | VideoError]:
+        held = []
+        for thing in things:
+            try:
+                held.append(self._do("score", thing.name))
+            except VideoError as error:
+                held.append(error)
+            if len(held) > self.num_held:
+                yield held.pop(0)
+        self.order.append("all are given back")
+        yield from held
+
+    def steps(self, *names: str) -> list[str]:
+        """Which steps were called, in order, of those that begin so."""
+        return [key for key in self.order if key.startswith(names)]
 
     def _do(self, step: str, name: str) -> Thing:
         key = f"{step} {name}"
@@ -196,17 +223,61 @@ def test_the_next_video_is_read_and_the_one_before_written_while_one_is_scored(t
         f"[{i}/3] {name}: fine (0.0 s)" for i, name in enumerate("abc", 1)
     ]
     assert sorted(record.closed) == ["a", "b", "c"]
-    assert [key for key in record.order if key.startswith("score")] == [
-        "score a", "score b", "score c"
-    ]  # fmt: skip
+    assert record.steps("score") == ["score a", "score b", "score c"]
 
 
 def test_videos_that_fill_the_memory_are_read_one_by_one(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "_MAX_BYTES", 10)
     record = Record(tmp_path, "abc", num_bytes=6)
     assert record.run() == 0
-    steps = [key for key in record.order if not key.startswith("write")]
+    steps = record.steps("read", "score")
     assert steps == ["read a", "score a", "read b", "score b", "read c", "score c"]
+
+
+def test_videos_under_way_fill_the_memory_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "_MAX_BYTES", 10)
+    record = Record(tmp_path, "abcd", num_bytes=4, num_held=99)
+    assert record.run() == 0
+    assert record.steps("score", "all") == [
+        "score a", "score b", "all are given back", "score c", "score d", "all are given back"
+    ]  # fmt: skip
+    assert record.order.index("read c") > record.order.index("all are given back")
+    assert sorted(record.closed) == ["a", "b", "c", "d"]
+
+
+def test_a_video_under_way_does_not_wait_for_one_that_is_slow_to_decode(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "_MAX_WAIT_S", 0.01)
+    record = Record(tmp_path, "ab", num_held=99)
+    record.during = {"read b": record.wait("write a")}
+    assert record.run() == 0
+    assert record.said[0].startswith("[1/2] a: fine")
+
+
+def test_a_video_under_way_does_not_wait_for_ever_while_others_come(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "_MAX_WAIT_S", 0.0)
+    record = Record(tmp_path, "abc", num_held=99)
+    record.during = {"score a": record.wait("read b"), "score b": record.wait("read c")}
+    assert record.run() == 0
+    end = "all are given back"
+    assert record.steps("score", "all") == ["score a", end, "score b", end, "score c", end]
+
+
+def test_the_time_of_a_video_is_that_in_which_it_was_the_oldest_under_way(tmp_path, monkeypatch):
+    clock = types.SimpleNamespace(now=0.0)
+    monkeypatch.setattr(corpus, "time", types.SimpleNamespace(monotonic=lambda: clock.now))
+    record = Record(tmp_path, "ab", num_held=1)
+
+    def takes(seconds):
+        clock.now += seconds
+
+    record.during = {
+        "score a": lambda: [record.wait("read b")(), takes(1)],
+        "score b": lambda: takes(3),  # then a is given back
+        "write a": lambda: [record.wait("write b")()],
+    }
+    monkeypatch.setattr(corpus, "_NUM_WRITERS", 2)
+    assert record.run() == 0
+    assert sorted(record.said) == ["[1/2] b: fine (0.0 s)", "[2/2] a: fine (4.0 s)"]
 
 
 def raises(error: BaseException):
@@ -216,8 +287,9 @@ def raises(error: BaseException):
     return fail
 
 
-def test_a_failure_is_noted_and_the_rest_is_done(tmp_path):
-    record = Record(tmp_path, "abcd")
+@pytest.mark.parametrize("num_held", [0, 1, 99])
+def test_a_failure_is_noted_and_the_rest_is_done(tmp_path, num_held):
+    record = Record(tmp_path, "abcd", num_held=num_held)
     bad = VideoError()
     bad.__cause__ = UserError("too\nshort")
     record.during = {
@@ -250,14 +322,17 @@ def test_what_no_other_video_would_survive_ends_the_work(tmp_path, during):
     assert not record.done["score h"].is_set()
 
 
-def test_a_notice_leaves_what_is_not_begun(tmp_path):
-    record = Record(tmp_path, "abcd")
-    record.during = {"score b": lambda: [record.wait("write a")(), raises(PreemptedError("now"))()]}
+@pytest.mark.parametrize("num_held", [0, 1])
+def test_a_notice_leaves_what_is_not_begun(tmp_path, num_held):
+    record, last = Record(tmp_path, "abcd", num_held=num_held), "bc"[num_held]
+    record.during = {
+        f"score {last}": lambda: [record.wait("write a")(), raises(PreemptedError("now"))()]
+    }
     with pytest.raises(PreemptedError, match="3 of the 4 videos"):
         record.run()
     assert record.corpus.failures() == {}
-    read = {key.removeprefix("read ") for key in record.order if key.startswith("read")}
-    assert set(record.closed) == read
+    read = [key.removeprefix("read ") for key in record.steps("read")]
+    assert sorted(record.closed) == sorted(read)
 
 
 def test_a_video_that_is_being_decoded_at_a_notice_leaves_no_copy(tmp_path):
@@ -279,7 +354,7 @@ def test_a_video_that_is_being_decoded_at_a_notice_leaves_no_copy(tmp_path):
             record.run()
     finally:
         signal.signal(signal.SIGUSR1, previous)
-    read = [key.removeprefix("read ") for key in record.order]
+    read = [key.removeprefix("read ") for key in record.steps("read")]
     assert "a" in read
     assert sorted(record.closed) == sorted(read)
 
@@ -401,7 +476,7 @@ def test_one_folder_is_filled_in_one_way(run, clips, tmp_path, capsys):
     assert command(rows, run, tmp_path / "out") == 0
     for judge, flags, message in (
         (run, ("--budget", "0.4"), "budget is 0.3 there and 0.4 now"),
-        (run, ("--exit_threshold", "0.7"), "exit_threshold is 0.9 there and 0.7 now"),
+        (run, ("--exit_threshold", "0.7"), "'thresholds': [0.9]} there and {"),
         (other, (), "digest is "),
     ):
         capsys.readouterr()
@@ -523,46 +598,58 @@ def test_a_folder_that_not_all_processes_see_is_refused(tmp_path, monkeypatch):
         Corpus(epath.Path(tmp_path) / "out").check_shared()
 
 
-def test_a_model_without_sense_stops_at_once(run, clips, tmp_path, capsys, monkeypatch):
-    nothing = np.full((2, 4), np.nan)
-    scores = scoring.SegmentScores(importance=nothing, summary_prob=nothing)
-    monkeypatch.setattr(scoring, "score_videos", lambda *args: {0: scores})
+def test_a_model_without_sense_stops_at_once(run, clips, tmp_path, capsys):
+    senseless = shutil.copytree(
+        run, tmp_path / "senseless", ignore=shutil.ignore_patterns("checkpoints")
+    )
+    config = config_lib.load(run / "config.json")
+    model = experiment.model_config(config, tokenizer.load_tokenizer(run / "tokenizer.model"))
+    params = paligemma2.init_params(model, jax.random.key(0))
+    nothing = jax.tree.map(lambda a: np.full_like(a, np.nan), params)
+    untrained.save_params(senseless, config, nothing)
     rows = manifest(
         epath.Path(tmp_path) / "videos.csv", [clips / f"{name}.mp4" for name in "abcdef"]
     )
-    assert command(rows, run, tmp_path / "out") == 2
+    assert command(rows, senseless, tmp_path / "out") == 2
     assert "gives scores that are no finite numbers" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["corpus.json"]
     # ---- Nothing was made with it, so another may take its place ----
-    monkeypatch.undo()
-    other = untrained.make_run(tmp_path / "other", seed=1)
-    assert command(rows, other, tmp_path / "out") == 0
+    assert command(rows, run, tmp_path / "out") == 0
     check_all(epath.Path(tmp_path) / "out", "abcdef")
 
 
-def test_all_videos_of_a_corpus_share_one_compiled_function(run, clips, tmp_path, monkeypatch):
-    made = []
-    make = scoring.make_score_fn
+def test_every_video_of_a_corpus_has_its_own_scores(run, clips, tmp_path, monkeypatch):
+    """They are scored together, by one compiled function for each stage."""
+    made, init = [], staged.StagedScorer.__init__
     monkeypatch.setattr(
-        scoring, "make_score_fn", lambda *args: made.append(make(*args)) or made[-1]
+        staged.StagedScorer, "__init__", lambda self, *args: made.append(self) or init(self, *args)
     )
-    rows = manifest(epath.Path(tmp_path) / "videos.csv", [clips / "a.mp4", clips / "f.mp4"])
+    rows = manifest(epath.Path(tmp_path) / "videos.csv", [clips / f"{name}.mp4" for name in "fabc"])
     assert command(rows, run, tmp_path / "out") == 0
-    [score_fn] = made
-    assert score_fn._cache_size() == 1
+    [scorer] = made
+    assert [fn._cache_size() for fn in scorer._stages.values()] == [1, 1]
+    student = summarize.Student(run)
+    policy = summarize.exit_policy(None, epath.Path(run), student.config)
+    found = []
+    for name in "abcf":
+        film = summarize.read_film(clips / f"{name}.mp4", size=28)
+        _, scores = student.score(film.video, policy)
+        summary = json.loads((tmp_path / "out" / name / "summary.json").read_text())
+        found.append([segment["score"] for segment in summary["segments"]])
+        np.testing.assert_allclose(found[-1], scores.importance, atol=1e-6)
+    assert len({scores[0] for scores in found}) == 4
 
 
 def test_a_notice_ends_the_command(run, clips, tmp_path, capsys, monkeypatch):
-    score, scored = summarize.Student.score, []
+    score_all = summarize.Student.score_all
 
-    def noticed(self, video, **kwargs):
-        if scored:
+    def noticed(self, videos, policy):
+        with contextlib.closing(score_all(self, videos, policy)) as results:
+            yield next(results)
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(30)  # where it interrupts
-        scored.append(video)
-        return score(self, video, **kwargs)
 
-    monkeypatch.setattr(summarize.Student, "score", noticed)
+    monkeypatch.setattr(summarize.Student, "score_all", noticed)
     videos = [clips / f"{name}.mp4" for name in "abcd"]
     rows = manifest(epath.Path(tmp_path) / "videos.csv", videos)
     assert command(rows, run, tmp_path / "out") == 75

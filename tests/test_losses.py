@@ -435,6 +435,24 @@ def test_score_loss_is_least_where_the_sigmoid_is_the_score():
     np.testing.assert_allclose(gradient(jnp.array([40.0])), 0.25, rtol=1e-6)  # does not vanish
 
 
+def test_prototype_cross_entropy_by_hand():
+    # Ten times the cosine is the logit: ln 3 has 3/4, for the summary and against it.
+    cosine = jnp.array([np.log(3.0) / 10, np.log(3.0) / 10, 0.0, -1.0])
+    total = losses.prototype_cross_entropy(
+        cosine, jnp.array([1, 0, 1, 1]), jnp.array([True, True, True, False])
+    )
+    np.testing.assert_allclose(total.sum, np.log(4 / 3) + np.log(4) + LN2, rtol=1e-6)
+    assert total.count == 3
+
+
+def test_a_prototype_is_drawn_to_the_summary_and_away_from_the_others():
+    def loss(cosine):
+        return losses.prototype_cross_entropy(cosine, jnp.array([1, 0]), jnp.ones(2, bool)).sum
+
+    # 10 (1/2 - 1) and 10 (1/2 - 0).
+    np.testing.assert_allclose(jax.grad(loss)(jnp.zeros(2)), [-5, 5], rtol=1e-6)
+
+
 def test_nothing_counted_gives_zero_and_no_nan():
     total = losses.class_cross_entropy(jnp.zeros((2, 2)), jnp.zeros(2, int), jnp.zeros(2, bool))
     assert (total.sum, total.count, total.mean) == (0, 0, 0)

@@ -332,6 +332,82 @@ def test_a_finished_run_is_evaluated_again_and_not_trained(finished, command, tm
     assert report | {"left_out": 0} == expected | {"left_out": 0}
 
 
+CALIBRATE = (
+    "--mode=calibrate", "--config.eval.ablate_inputs=False", "--config.calibration.rounds=2",
+    "--config.calibration.dataset=synthetic/tiny_calibration",
+    "--config.calibration.split=calibration",
+)  # fmt: skip
+
+
+def test_calibrating_keeps_thresholds_promise_and_curve_with_the_run(
+    finished, command, tmp_path, capsys
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    before = contents(workdir)
+    loose = ("--config.calibration.f1=0.9", "--config.calibration.tau=1.9")
+    assert command(workdir, *CALIBRATE, *loose, "--config.calibration.delta=0.4") == 0
+    calibration = json.loads((workdir / "calibration.json").read_text())
+    assert (calibration["num_search"], calibration["num_test"]) == (2, 4)
+    assert calibration["promise"]["epsilons"] == {"f1": 0.9, "tau": 1.9}
+    # Almost anything may be lost: everybody leaves at the first of two exits.
+    assert calibration["chosen"] == len(calibration["curve"]) - 1 > 0
+    assert calibration["curve"][-1]["exit_rate"] == [1.0, 0.0]
+    assert len(calibration["speed"]["saved"]) == len(calibration["curve"])
+    report = json.loads((workdir / "report.json").read_text())
+    assert report["exit_policy"] == calibration["policy"]
+    assert report["avg_depth"] == 2.0
+    assert report["rows"]["early_exit"] == report["rows"]["exit_2"]
+    assert isinstance(report["wall_saved"], float)
+    assert calibration["text"] in capsys.readouterr().out
+    assert "What leaving early saves" in (workdir / "report.html").read_text()
+    # Nothing that is trained is touched; evaluating again finds the same thresholds.
+    after = contents(workdir)
+    changed = {pathlib.Path(path).name for path in after if after[path] != before.get(path)}
+    assert changed == {"calibration.json", "report.json", "report.html"}
+    assert command(workdir, "--mode", "evaluate", "--config.eval.ablate_inputs=False") == 0
+    assert json.loads((workdir / "report.json").read_text()) == report
+
+
+def test_too_few_videos_for_a_promise_are_counted_before_anything_is_written(
+    finished, command, tmp_path, capfd
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    before = contents(workdir)
+    assert command(workdir, *CALIBRATE) == 2
+    said = capfd.readouterr().err
+    # ln(1 / 0.1) / ln(1 + 0.95 * 0.01 / 1.99) = 483.6 of tau; of F1 as many.
+    assert "even if nothing were lost it takes 484" in said
+    assert "646 in all with a search share of 0.25" in said
+    assert contents(workdir) == before
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_videos_that_train_or_test_the_model_do_not_calibrate_it(command, tmp_path, split, capfd):
+    flags = ("--mode=calibrate", f"--config.calibration.split={split}")
+    assert command(tmp_path / "run", *flags) == 2
+    assert f"split '{split}' of synthetic/tiny is what the model is" in capfd.readouterr().err
+
+
+def test_a_run_that_is_not_finished_is_not_calibrated(finished, command, tmp_path, capfd):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    (workdir / "report.json").unlink()
+    assert command(workdir, *CALIBRATE) == 2
+    assert "is not trained to its end" in capfd.readouterr().err
+
+
+def test_a_calibration_of_other_weights_is_refused(finished, command, tmp_path, capfd):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    (workdir / "calibration.json").write_text('{"weights": "those of another run"}')
+    assert command(workdir, "--mode", "evaluate") == 2
+    said = capfd.readouterr().err
+    assert "is of other weights than the best checkpoint beside it" in said
+    assert "--mode calibrate" in said
+
+
 def test_evaluation_alone(finished, command, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)

@@ -38,6 +38,7 @@ def loss(params, batch):
     return (
         (out.exits.class_logits**2).mean()
         + (out.exits.importance**2).mean()
+        + (out.exits.cosine**2).mean()
         + (jax.nn.logsumexp(suffix, axis=-1).mean())
     )
 
@@ -49,7 +50,7 @@ def test_every_parameter_matches_exactly_one_row(name):
     for path, leaf in jax.tree.leaves_with_path(params):
         paths.append(jax.tree_util.keystr(path, simple=True, separator="/"))
         assert len(sharding.logical_axes(paths[-1], leaf.ndim)) == leaf.ndim
-    assert len(paths) == 39
+    assert len(paths) == 40
 
 
 @pytest.mark.parametrize("base", [None, "int8", "nf4"])
@@ -60,7 +61,7 @@ def test_every_adapter_code_and_scale_matches_exactly_one_row(base):
     for path, leaf in sharding._leaves(params):
         assert len(sharding.logical_axes(path, leaf.ndim)) == leaf.ndim
     # Of five arrays of the language model's and three of SigLIP's, two each; and five of scales.
-    assert len(paths) == 39 + 2 * 8 + 5 * (base is not None)
+    assert len(paths) == 40 + 2 * 8 + 5 * (base is not None)
     codes = [path for path in paths if path.endswith("/qvalue")]
     assert len(codes) == 5 * (base is not None)
 

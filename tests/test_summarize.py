@@ -12,21 +12,27 @@ import shutil
 import signal
 import time
 import types
+import weakref
 
 import av
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
+from deevisum_jax import checkpoints, experiment, files, runs, summarize
 from deevisum_jax import config as config_lib
-from deevisum_jax import experiment, files, summarize
 from deevisum_jax.config import LoraConfig
+from deevisum_jax.corpus import VideoError
 from deevisum_jax.data import tokenizer
-from deevisum_jax.data.segments import segment_bounds
+from deevisum_jax.data.segments import Video, segment_bounds
 from deevisum_jax.data.video import decode_video
-from deevisum_jax.inference.scoring import SegmentScores
+from deevisum_jax.inference import staged
+from deevisum_jax.inference.calibration import Calibration, Point, Promise
+from deevisum_jax.inference.exit_policy import ExitPolicy
 from deevisum_jax.models import lora, paligemma2
 from deevisum_jax.summary import render, report, select
+from deevisum_jax.typing import ExitedScores
 from tests import untrained
 from tests.media import solid_frames, stream_durations, write_video
 
@@ -146,25 +152,27 @@ def test_the_summary_keeps_to_the_budget_and_to_shot_borders(out, summary, video
 
 
 def test_every_segment_runs_to_the_end_without_a_threshold(summary):
-    assert summary["exit_threshold"] is None
+    policy = {"confidence": "max_probability", "thresholds": [None]}
+    assert summary["exit_policy"] == policy
     assert [segment["exit_layer"] for segment in summary["segments"]] == [4] * 8  # of 2 s
 
 
 def test_scores_choose_the_shots_they_lie_in(videos):
     """Segments 4 and 5, [8, 12) s, matter; of the scenes, [8.5, 12) lies in them and fits 4 s."""
-    importance = np.full((2, 8), 0.3)
-    importance[1, 4:6] = 0.9
-    summary_prob = np.full((2, 8), 0.5)
-    summary_prob[0, [0, 4]] = 0.05, 0.6  # the first segment is sure enough to leave early, 4 is not
+    importance = np.full(8, 0.3)
+    importance[4:6] = 0.9
+    exit_index = np.array([0, 1, 1, 1, 1, 1, 1, 1])
     student = types.SimpleNamespace(
         model_config=types.SimpleNamespace(exit_layers=(2, 4)),
-        score=lambda video: (
+        score=lambda video, policy: (
             segment_bounds(video.duration_s, 2.0),
-            SegmentScores(importance=importance, summary_prob=summary_prob),
+            ExitedScores(importance=importance, summary_prob=importance, exit_index=exit_index),
         ),
     )
     film = summarize.read_film(str(videos / "mute.mkv"), size=28)
-    summary = summarize.summarize(film, student, budget=0.25, threshold=0.9)
+    policy = ExitPolicy(confidence="cosine", thresholds=(0.8,))
+    summary = summarize.summarize(film, student, budget=0.25, policy=policy)
+    assert summary["exit_policy"] == {"confidence": "cosine", "thresholds": [0.8]}
     [kept] = [shot for shot in summary["shots"] if shot["selected"]]
     assert (kept["start_s"], kept["end_s"]) == pytest.approx((8.5, 12.0), abs=1e-3)
     assert kept["score"] == pytest.approx(0.9)
@@ -187,7 +195,8 @@ def test_every_segment_leaves_at_the_first_exit_when_any_sureness_will_do(run, v
     assert command(videos / "mute.mkv", run, tmp_path / "out", *flags) == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert [segment["exit_layer"] for segment in summary["segments"]] == [2] * 8
-    assert (summary["exit_threshold"], summary["title"]) == (0.5, "Two words")
+    policy = {"confidence": "max_probability", "thresholds": [0.5]}
+    assert (summary["exit_policy"], summary["title"]) == (policy, "Two words")
     check_summary(
         summary,
         tmp_path / "out" / "summary.mp4",
@@ -351,8 +360,11 @@ def test_runs_that_cannot_judge(broken_run, videos, tmp_path, capsys, damage, me
         (("--budget", "1.5"), "1.5 is not above 0 and at most 1"),
         (("--budget", "nan"), "nan is not above 0 and at most 1"),
         (("--budget", "much"), "invalid float value: 'much'"),
-        (("--exit_threshold", "0.4"), "'0.4' is neither off nor a number from 0.5 to 1"),
-        (("--exit_threshold", "on"), "'on' is neither off nor a number from 0.5 to 1"),
+        (("--exit_threshold", "1.1"), "'1.1' is neither auto nor off, nor a number from 0 to 1"),
+        (("--exit_threshold", "-0.1"), "'-0.1' is neither auto nor off, nor a number from 0 to 1"),
+        (("--exit_threshold", "0.9,nan"), "'0.9,nan' is neither auto nor off, nor a number from 0"),
+        (("--exit_threshold", "0.9,"), "'0.9,' is neither auto nor off, nor a number from 0 to 1"),
+        (("--exit_threshold", "on"), "'on' is neither auto nor off, nor a number from 0 to 1"),
         (("--exit-threshold", "off"), "unrecognized arguments"),
     ],
 )
@@ -362,6 +374,215 @@ def test_flags_out_of_range(run, videos, tmp_path, capsys, flags, message):
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- When segments leave ----
+
+
+def calibrate(run: pathlib.Path, threshold: float) -> dict:
+    """Keeps this threshold as one that was shown to keep a promise; returns it as files have it."""
+    policies = (ExitPolicy.off(2), ExitPolicy(confidence="entropy", thresholds=(threshold,)))
+    curve = tuple(
+        Point(
+            policy=policy,
+            metrics={"f1": 0.6},
+            losses={"f1": 0.0},
+            p_value=0.01,
+            passed=True,
+            avg_depth=4.0,
+            flops_saved=0.0,
+            exit_rate=(0.0, 1.0),
+        )
+        for policy in policies
+    )
+    promise = Promise(epsilons={"f1": 0.01}, delta=0.1)
+    found = Calibration(promise=promise, num_search=9, num_test=9, curve=curve, chosen=1)
+    with checkpoints.Checkpoints(run / runs.CHECKPOINT_FOLDER) as saved:
+        weights = saved.fingerprint(saved.best_step)
+    runs.keep_calibration(epath.Path(run), found, weights)
+    return policies[1].to_json()
+
+
+def test_segments_leave_as_the_run_was_calibrated_by_default_and_by_auto(
+    broken_run, videos, tmp_path
+):
+    calibrated = calibrate(broken_run, 0.0)  # all leave at the first exit
+    off = ExitPolicy.off(2).to_json()
+    for i, (flags, policy, layer) in enumerate(
+        [
+            ((), calibrated, 2),
+            (("--exit_threshold", "auto"), calibrated, 2),
+            (("--exit_threshold", "off"), off, 4),
+        ]
+    ):
+        out = tmp_path / str(i)
+        assert command(videos / "mute.mkv", broken_run, out, *flags) == 0
+        summary = json.loads((out / "summary.json").read_text())
+        assert summary["exit_policy"] == policy
+        assert {segment["exit_layer"] for segment in summary["segments"]} == {layer}
+
+
+def with_a_calibration_of_other_weights(run):
+    calibrate(run, 0.5)
+    config = config_lib.load(run / "config.json")
+    model = experiment.model_config(config, tokenizer.load_tokenizer(run / "tokenizer.model"))
+    shutil.rmtree(run / "checkpoints")
+    untrained.save_checkpoint(run, config, model, seed=1)
+
+
+def with_a_calibration_of_other_exits(run):
+    calibrate(run, 0.5)
+    path = run / "calibration.json"
+    found = json.loads(path.read_text())
+    for point in found["curve"]:
+        point["policy"]["thresholds"] *= 2
+    path.write_text(json.dumps(found))
+
+
+@pytest.mark.parametrize(
+    ("damage", "flags", "messages"),
+    [
+        (None, ("auto",), ["auto: ", "broken was not calibrated", "--mode calibrate", "give off"]),
+        (
+            with_a_calibration_of_other_weights,
+            (),
+            ["calibration.json is of other weights", "--mode calibrate), or delete it"],
+        ),
+        (
+            with_a_calibration_of_other_exits,
+            (),
+            ["has thresholds of a model with 3 exits, and this one has 2", "--mode calibrate"],
+        ),
+        (
+            lambda run: (run / "calibration.json").write_text("{"),
+            (),
+            ["calibration.json is no JSON", "--mode calibrate), or delete it"],
+        ),
+        # The run's confidence is the likelier class's probability.
+        (None, ("0.4",), ["exit threshold 0.4 is not within [0.5, 1]", "'max_probability'"]),
+        (None, ("0.9,0.8",), ["got 2 exit thresholds (0.9, 0.8); give one for all, or 1: "]),
+    ],
+)
+def test_exits_that_cannot_be(broken_run, videos, tmp_path, capsys, damage, flags, messages):
+    if damage is not None:
+        damage(broken_run)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    flags = [part for flag in flags for part in ("--exit_threshold", flag)]
+    said = refused(capsys, folder, command(videos / "mute.mkv", broken_run, folder / "out", *flags))
+    assert all(message in said for message in messages)
+
+
+# ---- Many videos as one stream ----
+
+
+@pytest.fixture(scope="module")
+def student(run) -> summarize.Student:
+    """On one device, where a batch is 8 segments."""
+    with pytest.MonkeyPatch.context() as patch:
+        devices = jax.devices()[:1]
+        patch.setattr(jax, "local_devices", lambda: devices)
+        return summarize.Student(run)
+
+
+def clip(num_segments: int) -> Video:
+    """Pictures of noise, one for every second, others for every length."""
+    times = np.arange(2 * num_segments) + 0.5
+    rng = np.random.default_rng(num_segments)
+    return Video(
+        title=f"clip {num_segments}",
+        duration_s=2.0 * num_segments,
+        frames=rng.integers(0, 255, (len(times), 28, 28, 3), np.uint8),
+        frame_times=times,
+        cues=[],
+        waveform=None,
+    )
+
+
+LENGTHS = (3, 1, 6, 2, 9, 4)  # segments; 25 together, 4 batches of 8
+
+
+@pytest.fixture(scope="module")
+def policy(student) -> ExitPolicy:
+    """One that lets about half of all segments leave at the first exit."""
+    first = ExitPolicy(confidence="max_probability", thresholds=(0.5,))
+    found = list(student.score_all(map(clip, LENGTHS), first))
+    p = np.concatenate([scores.summary_prob for _, scores in found])
+    sure = np.sort(np.maximum(p, 1 - p))
+    return ExitPolicy(confidence="max_probability", thresholds=(float(sure[12:14].mean()),))
+
+
+def test_scores_do_not_depend_on_what_else_is_scored(student, policy):
+    alone = {n: next(student.score_all([clip(n)], policy)) for n in LENGTHS}
+    left = np.concatenate([scores.exit_index for _, scores in alone.values()])
+    assert 10 < left.sum() < 16  # both exits are in use
+    for lengths in (LENGTHS, LENGTHS[::-1]):
+        together = list(student.score_all(map(clip, lengths), policy))
+        assert len(together) == len(lengths)
+        for n, (bounds, scores) in zip(lengths, together, strict=True):
+            wanted_bounds, wanted = alone[n]
+            np.testing.assert_array_equal(bounds, wanted_bounds)
+            np.testing.assert_array_equal(scores.exit_index, wanted.exit_index)
+            np.testing.assert_allclose(scores.importance, wanted.importance, atol=1e-6)
+            np.testing.assert_allclose(scores.summary_prob, wanted.summary_prob, atol=1e-6)
+    # A batch that is no larger than the video
+    bounds, scores = student.score(clip(3), policy)
+    np.testing.assert_allclose(scores.importance, alone[3][1].importance, atol=1e-6)
+
+
+@pytest.fixture
+def ran(monkeypatch) -> list[tuple[int, int]]:
+    """Every run of a stage from now on: the exits that it lies between."""
+    calls, stage = [], staged.StagedScorer.stage
+
+    def counting(self, first, exit_):
+        compiled = stage(self, first, exit_)
+        return lambda *args: calls.append((first, exit_)) or compiled(*args)
+
+    monkeypatch.setattr(staged.StagedScorer, "stage", counting)
+    return calls
+
+
+def test_a_stream_of_short_videos_fills_its_batches(student, policy, ran):
+    for n in LENGTHS:
+        list(student.score_all([clip(n)], policy))
+    one_by_one = ran.copy()
+    ran.clear()
+    list(student.score_all(map(clip, LENGTHS), policy))
+    # 25 segments make 4 batches and their 12 or so survivors 2, where each video has its own.
+    assert (ran.count((0, 0)), ran.count((1, 1))) == (4, 2)
+    assert one_by_one.count((0, 0)) == 7  # one of each, and two of that of 9 segments
+    assert one_by_one.count((1, 1)) > 3
+
+
+def test_a_video_is_given_back_before_the_stream_ends_and_its_pictures_are_let_go(student):
+    taken = []
+
+    def videos():
+        for _ in range(20):
+            video = clip(4)
+            taken.append(weakref.ref(video))
+            yield video
+            del video
+
+    for i, _ in enumerate(student.score_all(videos(), ExitPolicy.off(2))):
+        if i == 0:
+            assert len(taken) < 12  # two make a batch; the device is given a few batches
+        assert not any(video() for video in taken[: i + 1])
+    assert i == 19
+
+
+def test_a_video_whose_segments_cannot_be_made_leaves_the_others_alone(student, policy):
+    broken = dataclasses.replace(clip(9), frames=[clip(9).frames[0]] * 10 + [None] * 8)
+    wanted = list(student.score_all([clip(3), clip(6)], policy))
+    found = list(student.score_all([clip(3), broken, clip(6), broken], policy))
+    for i in (1, 3):
+        assert isinstance(found[i], VideoError)
+        assert isinstance(found[i].__cause__, AttributeError)
+    for (bounds, scores), (_, other) in zip(wanted, found[::2], strict=True):
+        assert scores.importance.shape == (len(bounds),)
+        np.testing.assert_allclose(other.importance, scores.importance, atol=1e-6)
+        np.testing.assert_array_equal(other.exit_index, scores.exit_index)
 
 
 def test_out_must_be_a_new_or_an_empty_folder(run, videos, tmp_path, capsys):
@@ -529,8 +750,8 @@ def test_scores_do_not_depend_on_the_number_of_devices(run, videos, monkeypatch)
         devices = jax.devices()[:count]
         with monkeypatch.context() as patch:
             patch.setattr(jax, "local_devices", lambda devices=devices: devices)
-            bounds, scores = summarize.Student(run).score(film.video)
-        assert scores.importance.shape == (2, len(bounds)) == (2, 8)
+            bounds, scores = summarize.Student(run).score(film.video, ExitPolicy.off(2))
+        assert scores.importance.shape == (len(bounds),) == (8,)
         found.append(scores)
     for scores in found[1:]:
         np.testing.assert_allclose(scores.importance, found[0].importance, atol=1e-5)
@@ -554,7 +775,7 @@ def test_a_run_over_codes_scores_as_what_it_merges_to(run, videos, tmp_path):
         shutil.copytree(run, folder, ignore=shutil.ignore_patterns("checkpoints"))
         config_lib.save(one, folder / "config.json")
         untrained.save_params(folder, one, stored)
-        found.append(summarize.Student(folder).score(film.video)[1])
+        found.append(summarize.Student(folder).score(film.video, ExitPolicy.off(2))[1])
     np.testing.assert_allclose(found[0].importance, found[1].importance, atol=1e-5)
     np.testing.assert_allclose(found[0].summary_prob, found[1].summary_prob, atol=1e-5)
 

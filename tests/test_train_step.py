@@ -19,7 +19,9 @@ from deevisum_jax.typing import TeacherOutputs
 from tests.batches import B, make_batch
 
 MODEL = paligemma2.get_config("tiny", exit_layers=(2, 4))
-LOSS = LossConfig(token=0.5, class_=2.0, score=3.0)
+LOSS = LossConfig(token=0.5, class_=2.0, score=3.0, prototype=4.0)
+# Of what exits learn from labels.
+WEIGHTS = {"class": 2.0, "score": 3.0, "prototype": 4.0}
 # Adds the gradient to the parameters, so that it can be read off.
 GRADIENT = optax.scale(1.0)
 NUM_TARGETS = 4  # the longest suffix
@@ -30,10 +32,10 @@ def params():
     return jax.jit(paligemma2.init_params, static_argnums=0)(MODEL, jax.random.key(0))
 
 
-def step_fn(model=MODEL, tx=GRADIENT, **kwargs):
+def step_fn(model=MODEL, tx=GRADIENT, loss=LOSS, **kwargs):
     return jax.jit(
         train_step.make_train_step(
-            model, LOSS, tx, lambda _: 0.25, num_targets=NUM_TARGETS, **kwargs
+            model, loss, tx, lambda _: 0.25, num_targets=NUM_TARGETS, **kwargs
         )
     )
 
@@ -52,7 +54,7 @@ def test_metrics_name_every_part_and_the_total_is_their_weighted_sum(plain, para
     state, metrics = plain(train_step.init_state(params, GRADIENT), make_batch())
     assert set(metrics) == {
         "loss/token",
-        *(f"loss/{part}/exit_{layer}" for part in ("class", "score") for layer in (2, 4)),
+        *(f"loss/{part}/exit_{layer}" for part in WEIGHTS for layer in (2, 4)),
         "loss/total",
         "grad_norm",
         "param_norm",
@@ -61,7 +63,7 @@ def test_metrics_name_every_part_and_the_total_is_their_weighted_sum(plain, para
     # Exits weigh as their depth: 2 / 6 and 4 / 6.
     expected = 0.5 * metrics["loss/token"] + sum(
         weight * layer / 6 * metrics[f"loss/{part}/exit_{layer}"]
-        for part, weight in (("class", 2.0), ("score", 3.0))
+        for part, weight in WEIGHTS.items()
         for layer in (2, 4)
     )
     np.testing.assert_allclose(metrics["loss/total"], expected, rtol=1e-6)
@@ -111,6 +113,16 @@ def test_nothing_to_count_gives_a_loss_of_zero(plain, params):
     assert metrics["loss/total"] == 0
     assert metrics["grad_norm"] == 0
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+
+
+def test_prototypes_learn_and_move_nothing_else(params):
+    alone = LossConfig(token=0.0, class_=0.0, score=0.0, prototype=1.0)
+    found, _ = gradient(step_fn(loss=alone), params, make_batch())
+    found = flatten_dict(found, sep="/")
+    for row in found.pop("exits/prototype"):
+        assert (row != 0).all()
+    for path, leaf in found.items():
+        np.testing.assert_array_equal(leaf, 0, err_msg=path)
 
 
 def test_frozen_parameters_do_not_move_and_have_no_optimizer_state(params):
@@ -236,7 +248,7 @@ def test_the_total_is_the_weighted_sum_of_all_that_is_learned(online):
     assert {part.name for part in parts} < set(metrics)
     expected = 0.5 * metrics["loss/token"] + sum(
         weight * layer / 6 * metrics[f"loss/{part}/exit_{layer}"]
-        for part, weight in (("class", 2.0), ("score", 3.0))
+        for part, weight in WEIGHTS.items()
         for layer in (2, 4)
     )
     expected += sum(part.weight * metrics[part.name] for part in parts)

@@ -1,5 +1,6 @@
 """What goes out is loaded again by those it is for, and says the same there."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -19,7 +20,10 @@ from deevisum_jax.convert.tensors import STORED_DTYPES, read
 from deevisum_jax.data import pipeline, prompts, tokenizer
 from deevisum_jax.errors import UserError
 from deevisum_jax.inference import generation, scoring
+from deevisum_jax.inference.calibration import Calibration, Point, Promise
+from deevisum_jax.inference.exit_policy import ExitPolicy
 from deevisum_jax.models import paligemma2
+from tests import untrained
 from tests.checkpoint_files import write_big_vision, write_hugging_face, write_run
 from tests.hf_reference import hf_inputs
 
@@ -47,7 +51,8 @@ def run(tiny_config, tmp_path_factory) -> pathlib.Path:
 
 REPORT = {
     "tau": 0.3, "rho": 0.4, "f1": 0.5, "tau_early_exit": 0.2, "f1_early_exit": 0.4, "steps": 1,
-    "exit_threshold": THRESHOLD, "avg_depth": 2.0, "compute_saved": 0.3, "rows": {},
+    "exit_policy": {"confidence": "max_probability", "thresholds": [THRESHOLD, THRESHOLD]},
+    "avg_depth": 2.0, "compute_saved": 0.3, "wall_saved": None, "rows": {},
     "protocols": {"tau": "t", "rho": "r", "f1": "f"}, "row_protocols": {},
 }  # fmt: skip
 
@@ -140,8 +145,8 @@ def test_the_same_exits_and_scores_in_pytorch(exported, ours, segments):
     embedded = model.embed(segments["frames"], segments["tokens"], segments["mask_ar"], prompt)
     _, all_rows = model.run_layers(embedded, collect=embedded.last_prefix_row)
     exits = model.exits(jnp.stack([all_rows[layer - 1] for layer in config.exit_layers]))
-    probability = np.asarray(jax.nn.softmax(exits.class_logits)[..., 1])
-    index = scoring.exit_index(probability, source.run.eval.exit_threshold)
+    policy, _ = runs.exit_policy(source.start.folder, source.run)
+    index = policy.exit_index(scoring.read(exits))
     layers = np.asarray(config.exit_layers)[index]
     np.testing.assert_array_equal(scores.exit_layer, layers)
     assert set(layers.tolist()) == {1, 2, 4}, "the test wants all exits taken"
@@ -151,6 +156,9 @@ def test_the_same_exits_and_scores_in_pytorch(exported, ours, segments):
     )
     np.testing.assert_allclose(
         scores.importance, jax.nn.sigmoid(exits.importance)[index, rows_], atol=COMPOSITE
+    )
+    np.testing.assert_allclose(
+        scores.cosine, np.asarray(exits.cosine)[index, rows_], atol=COMPOSITE
     )
     assert scores.layers_run == layers.sum()
 
@@ -187,17 +195,53 @@ def test_what_lies_in_the_folder(exported):
     ]
     section = json.loads((exported / "config.json").read_text())["deevisum"]
     assert section["exit_layers"] == [1, 2, 4]
-    assert section["exit_threshold"] == THRESHOLD
+    assert section["exit_policy"] == {
+        "confidence": "max_probability",
+        "thresholds": [THRESHOLD, THRESHOLD],
+    }
+    assert section["calibration"] is None
     card = (exported / "README.md").read_text()
     assert "# tiny" in card
     assert "trained from scratch on synthetic/tiny" in card
     assert "| Kendall tau | 0.300 | 0.200 | t |" in card
 
 
-def test_what_only_distillation_trained_stays_with_the_run(tiny_config, tmp_path):
+def test_a_calibration_goes_with_the_export_but_for_its_curve(ours, monkeypatch, tmp_path):
+    policy = ExitPolicy(confidence="agreement", thresholds=(np.inf, 0.9))
+    point = Point(
+        policy=policy,
+        metrics={"f1": 0.5, "tau": 0.3},
+        losses={"f1": 0.0, "tau": 0.0},
+        p_value=0.01,
+        passed=True,
+        avg_depth=2.0,
+        flops_saved=0.4,
+        exit_rate=(0.0, 1.0, 0.0),
+    )
+    promise = Promise(epsilons={"f1": 0.01}, delta=0.1)
+    off = dataclasses.replace(point, policy=ExitPolicy.off(3))
+    found = Calibration(promise=promise, num_search=10, num_test=30, curve=(off, point), chosen=1)
+    monkeypatch.setattr(runs, "exit_policy", lambda *_: (policy, found))
+    monkeypatch.setattr(weights.Source, "load", lambda _: ours[1])
+    weights.export_hf(ours[2], tmp_path / "out")
+    section = json.loads((tmp_path / "out" / "config.json").read_text())["deevisum"]
+    assert section["exit_policy"] == {"confidence": "agreement", "thresholds": [None, 0.9]}
+    assert section["calibration"] == {
+        "promise": {"epsilons": {"f1": 0.01}, "delta": 0.1, "bound": "exact"},
+        "num_search": 10,
+        "num_test": 30,
+        "text": found.text,
+    }
+    assert found.text in (tmp_path / "out" / "README.md").read_text()
+    model = transformers.AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert model._policy("config", None) == ("agreement", (np.inf, 0.9))
+
+
+def test_what_only_distillation_trained_stays_with_the_run(run, ours, tmp_path):
     """Projections to the hidden states of teachers."""
     projection = {"teacher": {"kernel": jnp.ones((2, 32, 48))}}
-    write_run(tmp_path / "run", tiny_config(), lambda params: params | {"distill": projection})
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    untrained.save_params(tmp_path / "run", ours[2].run, ours[1] | {"distill": projection})
     source = weights.open_source(str(tmp_path / "run"))
     assert set(source.load()) == {"img", "llm", "exits"}
     weights.export_hf(source, tmp_path / "out")

@@ -35,7 +35,7 @@ MODEL_CARD = "README.md"
 HEADS_FILE = "deevisum_heads.safetensors"  # exit heads, beside the weights and not among them
 MODELING_FILE = "modeling_deevisum.py"
 
-DEEVISUM_FORMAT = 1  # of config.json's section and of HEADS_FILE
+DEEVISUM_FORMAT = 2  # of config.json's section and of HEADS_FILE
 NOTICE = "NOTICE"
 
 GEMMA_TERMS_URL = "https://ai.google.dev/gemma/terms"
@@ -44,6 +44,15 @@ GEMMA_NOTICE = (
     "Gemma is provided under and subject to the Gemma Terms of Use found at "
     "ai.google.dev/gemma/terms"
 )
+
+# How model cards call the confidences of `inference.exit_policy`.
+_CONFIDENCE_WORDS = {
+    "max_probability": "the probability of the likelier of the two classes",
+    "entropy": "1 less the entropy of the two classes in bits",
+    "cosine": "the cosine to the prototype of the summary class, without its sign",
+    "agreement": "1 less what the probability of the summary class or the importance, the more of "
+    "the two, has changed since the exit before",
+}
 
 # PIL's codes of the ways to resize that the data pipeline has.
 RESAMPLE = {"bilinear": 2, "bicubic": 3}
@@ -247,12 +256,21 @@ def check_deevisum(section: Any, file: str | os.PathLike[str]) -> None:
     Raises:
       UserError: it is not.
     """
-    layers = section.get("exit_layers") if isinstance(section, Mapping) else None
+    layers, policy = (
+        (section.get("exit_layers"), section.get("exit_policy"))
+        if isinstance(section, Mapping)
+        else (None, None)
+    )
+    thresholds = policy.get("thresholds") if isinstance(policy, Mapping) else None
     if (
         not isinstance(layers, list)
         or not layers
         or not all(type(layer) is int for layer in layers)
         or section.get("format") != DEEVISUM_FORMAT
+        or not isinstance(thresholds, list)
+        or len(thresholds) != len(layers) - 1
+        or not all(t is None or type(t) in (int, float) for t in thresholds)
+        or policy.get("confidence") not in tuple(_CONFIDENCE_WORDS)
     ):
         raise UserError(
             f"{os.fspath(file)}: its section deevisum is damaged or of another version; export the "
@@ -419,7 +437,10 @@ def _render(template: str, **values: Any) -> str:
     # JSON strings are YAML strings and Python strings.
     environment.filters["quoted"] = lambda text: json.dumps(text, ensure_ascii=False)
     return environment.get_template(template).render(
-        gemma_notice=GEMMA_NOTICE, gemma_url=GEMMA_TERMS_URL, **values
+        gemma_notice=GEMMA_NOTICE,
+        gemma_url=GEMMA_TERMS_URL,
+        confidence_words=_CONFIDENCE_WORDS,
+        **values,
     )
 
 

@@ -264,7 +264,11 @@ def paligemma2_rows(config: PaliGemma2Config) -> list[Row]:
 
 
 def exit_rows(config: PaliGemma2Config) -> list[Row]:
-    """The table of our exit heads as exports carry them: our own layout, dots for slashes."""
+    """The table of our exit heads as exports carry them: our own layout, dots for slashes.
+
+    `exits.norm.scale [X, D]`, `exits.{classifier,importance}.{kernel,bias}` and
+    `exits.prototype [X, D]`.
+    """
     return [
         Row(target=path, sources=(path.replace("/", "."),), shape=leaf.shape)
         for path, leaf in flatten_dict(abstract_params(config), sep="/").items()

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+import numpy as np
+
+from deevisum_jax.config import DataConfig
 from deevisum_jax.models.paligemma2 import PaliGemma2Config
+
+
+def exit_flops(config: PaliGemma2Config, data: DataConfig) -> np.ndarray:
+    """`int64[X]`: FLOPs of a segment that leaves at each exit."""
+    return np.array(
+        [
+            score_flops(config, num_frames=data.num_frames, text_len=data.text_len, depth=layer)
+            for layer in config.exit_layers
+        ]
+    )
 
 
 def score_flops(config: PaliGemma2Config, *, num_frames: int, text_len: int, depth: int) -> int:

@@ -1,33 +1,38 @@
-"""Scores of every segment at every exit, and the exit that a segment would leave at."""
+"""Scores of every segment at every exit, from one pass through all layers.
+
+What a policy would have said can be read off them (`at_exit`); `staged` saves the time.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from deevisum_jax import fsdp
-from deevisum_jax.errors import UserError
+from deevisum_jax.inference.exit_policy import ExitPolicy
 from deevisum_jax.models import paligemma2
 from deevisum_jax.sharding import batch_sharding, on_host, place_batch
-from deevisum_jax.typing import Batch, ExitScores
+from deevisum_jax.typing import Batch, ExitedScores, ExitScores, SegmentScores
+
+T = TypeVar("T")  # a tree of arrays
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SegmentScores:
-    """Scores of the segments of one video (or many), one row per exit, shallowest first."""
-
-    importance: np.ndarray  # float32[X, M] in (0, 1)
-    summary_prob: np.ndarray  # float32[X, M], probability that the segment belongs to the summary
+def read(scores: ExitScores) -> SegmentScores:
+    """Logits as probabilities; of one exit or of all."""
+    return SegmentScores(
+        importance=jax.nn.sigmoid(scores.importance),
+        summary_prob=jax.nn.softmax(scores.class_logits)[..., 1],
+        cosine=scores.cosine,
+    )
 
 
 def make_score_fn(
     config: paligemma2.PaliGemma2Config, param_shardings: Any, mesh: jax.sharding.Mesh
-) -> Callable[[paligemma2.Params, Batch], ExitScores]:
+) -> Callable[[paligemma2.Params, Batch], SegmentScores]:
     """The compiled scoring pass: one prefill, no token is generated.
 
     Args:
@@ -36,9 +41,9 @@ def make_score_fn(
       mesh: the current one, `jax.set_mesh(mesh)`.
     """
 
-    def score(params: paligemma2.Params, batch: Batch) -> ExitScores:
+    def score(params: paligemma2.Params, batch: Batch) -> SegmentScores:
         return fsdp.per_device(
-            lambda params, batch: paligemma2.bind(config, params).score(batch),
+            lambda params, batch: read(paligemma2.bind(config, params).score(batch)),
             in_specs=(fsdp.param_specs(params), fsdp.BATCH_SPEC),
             out_specs=P(None, *fsdp.BATCH_SPEC),  # exits in front
         )(params, batch)
@@ -51,7 +56,7 @@ def make_score_fn(
 
 
 def score_videos(
-    score_fn: Callable[[Batch], ExitScores],
+    score_fn: Callable[[Batch], SegmentScores],
     batches: Iterable[Mapping[str, np.ndarray]],
     mesh: jax.sharding.Mesh,
 ) -> dict[int, SegmentScores]:
@@ -62,54 +67,47 @@ def score_videos(
       batches: host batches, as `pipeline.in_order` gives them.
       mesh: where they are scored.
     """
-    rows: dict[int, list[tuple[int, np.ndarray, np.ndarray]]] = {}
+    found, asked = [], None
+
+    def read_last() -> None:
+        if asked is not None:
+            scores, video_id, segment, valid = on_host(asked, mesh)
+            rows = jax.tree.map(lambda a: a[:, valid], scores)
+            found.append((video_id[valid], segment[valid], rows))
+
     for fields in batches:
         batch = place_batch(fields, mesh)
-        found = (score_fn(batch), batch.video_id, batch.segment, batch.valid)
-        scores, video_id, segment, valid = on_host(found, mesh)
-        importance = np.asarray(jax.nn.sigmoid(scores.importance))
-        summary_prob = np.asarray(jax.nn.softmax(scores.class_logits)[..., 1])
-        for b in np.flatnonzero(valid):
-            rows.setdefault(int(video_id[b]), []).append(
-                (int(segment[b]), importance[:, b], summary_prob[:, b])
-            )
-    return {video: _stack(sorted(found, key=lambda row: row[0])) for video, found in rows.items()}
+        said = (score_fn(batch), batch.video_id, batch.segment, batch.valid)
+        read_last()  # while the device works
+        asked = said
+    read_last()
+    return by_video(found)
 
 
-def _stack(rows: list[tuple[int, np.ndarray, np.ndarray]]) -> SegmentScores:
-    _, importance, summary_prob = zip(*rows, strict=True)
-    return SegmentScores(
-        importance=np.stack(importance, axis=1), summary_prob=np.stack(summary_prob, axis=1)
-    )
-
-
-def exit_index(summary_prob: np.ndarray, threshold: float) -> np.ndarray:
-    """The first exit that is sure enough, else the last.
-
-    An exit is as sure as its likelier class: `exit_index([[0.95], [0.5]], 0.9)` is `[0]`, since a
-    sure "no" leaves as early as a sure "yes".
+def by_video(found: Sequence[tuple[np.ndarray, np.ndarray, T]]) -> dict[int, T]:
+    """What was found of segments, put in order: by video, segment after segment.
 
     Args:
-      summary_prob: `float[X, M]`.
-      threshold: of the likelier class's probability, within [0.5, 1].
-
-    Returns:
-      `int[M]` row of the exit taken.
-
-    Raises:
-      UserError: the threshold is outside the range.
+      found: videos int[k], segments int[k], and a tree of arrays with k as their last axis, of any
+        number of groups of segments.
     """
-    if not 0.5 <= threshold <= 1:
-        raise UserError(
-            f"exit threshold {threshold} is not within [0.5, 1]: it is the probability of the "
-            "likelier of two classes"
-        )
-    summary_prob = np.asarray(summary_prob)
-    sure = np.maximum(summary_prob, 1 - summary_prob) >= threshold
-    sure[-1] = True
-    return sure.argmax(axis=0)
+    if not sum(len(rows[0]) for rows in found):
+        return {}
+    video_id, segment = (np.concatenate([rows[i] for rows in found]) for i in range(2))
+    whole = jax.tree.map(lambda *a: np.concatenate(a, axis=-1), *(rows[2] for rows in found))
+    order = np.lexsort((segment, video_id))
+    videos, starts = np.unique(video_id[order], return_index=True)
+    ends = [*starts[1:], len(order)]
+    return {
+        int(video): jax.tree.map(lambda a, rows=order[start:end]: a[..., rows], whole)
+        for video, start, end in zip(videos, starts, ends, strict=True)
+    }
 
 
-def at_exit(scores: SegmentScores, exits: np.ndarray) -> np.ndarray:
-    """`float32[M]` importance of every segment at its own exit."""
-    return np.take_along_axis(scores.importance, exits[None], axis=0)[0]
+def at_exit(scores: SegmentScores, policy: ExitPolicy) -> ExitedScores:
+    """Every segment of a video at the exit that it would leave at."""
+    exits = policy.exit_index(scores)
+    taken = jax.tree.map(lambda a: np.take_along_axis(np.asarray(a), exits[None], 0)[0], scores)
+    return ExitedScores(
+        importance=taken.importance, summary_prob=taken.summary_prob, exit_index=exits
+    )

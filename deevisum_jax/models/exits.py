@@ -1,9 +1,9 @@
 """Exit heads: what a segment's summary class and importance look like after a few layers.
 
 DEEVISum's early exit (its section on early exits; the released code has no heads) is realised with
-heads of our own design: per exit a norm, a linear layer to two class logits and a linear layer to
-the logit of the importance score. An exit at layer `k` reads the output of the first `k` layers at
-the last prefix position.
+heads of our own design: per exit a norm, a linear layer to two class logits, a linear layer to the
+logit of the importance score and a prototype of the summary class. An exit at layer `k` reads the
+output of the first `k` layers at the last prefix position.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ class ExitHeads(nnx.Module):
         )
         self.classifier = _Linear(X, width, NUM_CLASSES, **kwargs)
         self.importance = _Linear(X, width, 1, **kwargs)
+        # Of the summary class; the other class has the opposite direction.
+        self.prototype = layers.fan_in_init(rngs, (X, width), fan_in=width, dtype=param_dtype)
 
     def __call__(self, rows: jax.Array, *, start: int = 0) -> ExitScores:
         """Reads the scores of consecutive exits.
@@ -55,4 +57,19 @@ class ExitHeads(nnx.Module):
         return ExitScores(
             class_logits=self.classifier(rows, exits),
             importance=self.importance(rows, exits)[..., 0],
+            cosine=_cosine(rows, self.prototype[exits]),
         )
+
+
+def _cosine(rows: jax.Array, prototypes: jax.Array) -> jax.Array:
+    """float32[X, B], from float[X, B, D] and float[X, D].
+
+    A prototype learns from the rows, and moves nothing else: a model that is trained with it says
+    what it would say without.
+    """
+    rows = jax.lax.stop_gradient(rows).astype(jnp.float32)
+    prototypes = prototypes.astype(jnp.float32)
+    products = jnp.einsum("XBD,XD->XB", rows, prototypes)
+    squares = [jnp.sum(jnp.square(a), axis=-1) for a in (rows, prototypes)]
+    # Under the root: the gradient at 0 is finite then.
+    return products * jax.lax.rsqrt(jnp.maximum(squares[0] * squares[1][:, None], 1e-24))

@@ -102,7 +102,7 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        positions: Array,
+        rotation: layers.Rotation,
         mask: Array,
         cached: tuple[jax.Array, jax.Array, Array] | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
@@ -110,7 +110,7 @@ class Attention(nnx.Module):
 
         Args:
           x: float[B, T, D].
-          positions: int32[B, T].
+          rotation: of the positions of `x`.
           mask: bool[B, T, S], S = T, or the slots of the cache.
           cached: this layer's k and v, float[B, S, K, H], and the first slot to write.
 
@@ -121,7 +121,7 @@ class Attention(nnx.Module):
         q = layers.from_embed(
             x, q.w[...], "heads", "embed", "head_dim", adapter=layers.adapter(q, "w")
         )
-        q = layers.rope(q, positions)
+        q = layers.rope(q, rotation)
         q = q * jnp.asarray(self.query_scale, q.dtype)
         k, v = (
             layers.from_embed(
@@ -132,7 +132,7 @@ class Attention(nnx.Module):
             )
             for half in range(2)
         )
-        k = layers.rope(k, positions)
+        k = layers.rope(k, rotation)
         if cached is not None:
             cached_k, cached_v, start = cached
             k = jax.lax.dynamic_update_slice_in_dim(cached_k, k.astype(cached_k.dtype), start, 1)
@@ -185,13 +185,13 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        positions: Array,
+        rotation: layers.Rotation,
         mask: Array,
         cached: tuple[jax.Array, jax.Array, Array] | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """Arguments and results as `Attention`."""
         x = constrain(x, "batch", "seq", "act_embed")
-        attended, cached = self.attn(self.pre_attention_norm(x), positions, mask, cached)
+        attended, cached = self.attn(self.pre_attention_norm(x), rotation, mask, cached)
         out = x + self.post_attention_norm(attended)
         out = out + self.post_ffw_norm(self.mlp(self.pre_ffw_norm(out)))
         assert out.dtype == x.dtype
@@ -233,7 +233,7 @@ class Gemma2(nnx.Module):
     def run_layers(
         self,
         x: jax.Array,
-        positions: Array,
+        rotation: layers.Rotation,
         mask: Array,
         local_mask: Array | None = None,
         *,
@@ -246,7 +246,7 @@ class Gemma2(nnx.Module):
 
         Args:
           x: float[B, T, D].
-          positions: int32[B, T].
+          rotation: `layers.rotation` of the positions of `x`.
           mask: bool[B, T, T].
           local_mask: bool[B, T, T] of local layers; wanted with `config.sliding_window`.
           start: first layer to run.
@@ -264,11 +264,17 @@ class Gemma2(nnx.Module):
 
         def body(x, layer):
             block, is_local = layer
-            x, _ = block(x, positions, _choose(is_local, local_mask, mask))
+            x, _ = block(x, rotation, _choose(is_local, local_mask, mask))
             return x, None if collect is None else collect(x)
 
         stack = (self.layers, jnp.asarray(self.config.is_local))
         if (start, stop) == (0, self.config.depth):
+            return jax.lax.scan(layers.remat(body, remat_policy), x, stack)
+
+        if any(leaf.dtype != x.dtype for leaf in jax.tree.leaves(self.layers)):
+            # Weights in another dtype than they are used in are converted in front of the loop, all
+            # of a stack if all of it is there: cut off the layers that are not run.
+            stack = jax.tree.map(lambda a: a[start:stop], stack)
             return jax.lax.scan(layers.remat(body, remat_policy), x, stack)
 
         # Scanning over a slice would copy the weights of all its layers first: pick one at a time.
@@ -276,6 +282,16 @@ class Gemma2(nnx.Module):
         def pick_and_run(x, index):
             pick = functools.partial(jax.lax.dynamic_index_in_dim, index=index, keepdims=False)
             return body(x, jax.tree.map(pick, stack))
+
+        if stop - start == 1:
+            # A loop that the compiler does not know to turn once: what it makes of one that it
+            # takes apart is slower by a seventh on a CPU.
+            end = jax.lax.optimization_barrier(jnp.int32(stop))
+            kept = jax.eval_shape(lambda x: pick_and_run(x, start)[1], x)
+            kept = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), kept)
+            turn = lambda index, state: pick_and_run(state[0], index)
+            x, kept = jax.lax.fori_loop(start, end, turn, (x, kept))
+            return x, jax.tree.map(lambda a: a[None], kept)
 
         return jax.lax.scan(layers.remat(pick_and_run, remat_policy), x, jnp.arange(start, stop))
 
@@ -314,6 +330,7 @@ class Gemma2(nnx.Module):
           float[B, T, D] and the cache.
         """
         start = cache.end_index
+        rotation = layers.rotation(positions, self.config.head_dim)
 
         # The cache rides in the carry, and each layer reads, changes and writes back its own part:
         # compiled for TPU this updates it in place, while scanning over it copies all of it.
@@ -322,7 +339,7 @@ class Gemma2(nnx.Module):
             block, is_local, index = layer
             k = jax.lax.dynamic_index_in_dim(all_k, index, keepdims=False)
             v = jax.lax.dynamic_index_in_dim(all_v, index, keepdims=False)
-            x, (k, v) = block(x, positions, _choose(is_local, local_mask, mask), (k, v, start))
+            x, (k, v) = block(x, rotation, _choose(is_local, local_mask, mask), (k, v, start))
             all_k = jax.lax.dynamic_update_index_in_dim(all_k, k, index, 0)
             all_v = jax.lax.dynamic_update_index_in_dim(all_v, v, index, 0)
             return (x, all_k, all_v), None

@@ -81,7 +81,25 @@ def _gated_gelu_bwd(
 gated_gelu.defvjp(lambda gate, up: (_gated_gelu(gate, up), (gate, up)), _gated_gelu_bwd)
 
 
-def rope(x: jax.Array, positions: Array, base: float = 10_000.0) -> jax.Array:
+# Sine and cosine of what each position turns the pairs of a head by, float32[B, T, H/2] each.
+Rotation = tuple[jax.Array, jax.Array]
+
+
+def rotation(positions: Array, head_dim: int, base: float = 10_000.0) -> Rotation:
+    """The angles of `rope`, which are the same in all layers.
+
+    Args:
+      positions: int32[B, T].
+      head_dim: H.
+      base: the longest wavelength is 2 pi times this.
+    """
+    # float32: bfloat16 has no 257, let alone its sine.
+    frequency = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angle = jnp.asarray(positions, jnp.float32)[:, :, None] * frequency
+    return jnp.sin(angle), jnp.cos(angle)
+
+
+def rope(x: jax.Array, rotation: Rotation) -> jax.Array:
     """Rotary position embedding (Su et al. 2021) on split halves.
 
     The pair `(x[i], x[i + H/2])` is turned by the angle `position * base ** (-2 i / H)`: at
@@ -89,17 +107,12 @@ def rope(x: jax.Array, positions: Array, base: float = 10_000.0) -> jax.Array:
 
     Args:
       x: float[B, T, N, H], queries or keys.
-      positions: int32[B, T].
-      base: the longest wavelength is 2 pi times this.
+      rotation: of their positions.
 
     Returns:
       The same shape and dtype as `x`.
     """
-    H = x.shape[-1]
-    # float32: bfloat16 has no 257, let alone its sine.
-    frequency = base ** (-jnp.arange(0, H, 2, dtype=jnp.float32) / H)
-    angle = jnp.asarray(positions, jnp.float32)[:, :, None, None] * frequency  # [B, T, 1, H/2]
-    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    sin, cos = (a[:, :, None] for a in rotation)  # the same for all heads
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)

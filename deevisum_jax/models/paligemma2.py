@@ -210,6 +210,7 @@ class Embedded:
     mask_ar: Array  # bool[B, S], 1 = causal boundary
     mask_input: Array  # bool[B, S], 1 = real token
     positions: Array  # int32[B, S]
+    rotation: layers.Rotation  # of the positions; made once, for all layers and stages
 
     def last_prefix_row(self, x: Array) -> jax.Array:
         """float[B, S, D] -> float[B, D], the row at the last prefix position."""
@@ -278,11 +279,13 @@ class PaliGemma2(nnx.Module):
         mask_input = jnp.concatenate(
             [jnp.ones((B, M), bool), jnp.asarray(mask_input, bool)], axis=1
         )
+        positions = masks.token_positions(mask_input)
         return Embedded(
             x=jnp.concatenate([zimg.astype(self.config.dtype), ztxt], axis=1),
             mask_ar=jnp.concatenate([jnp.zeros((B, M), bool), jnp.asarray(mask_ar, bool)], axis=1),
             mask_input=mask_input,
-            positions=masks.token_positions(mask_input),
+            positions=positions,
+            rotation=layers.rotation(positions, self.config.llm.head_dim),
         )
 
     def run_layers(
@@ -307,7 +310,7 @@ class PaliGemma2(nnx.Module):
         mask, local_mask = self._attn_masks(embedded)
         x, collected = self.llm.run_layers(
             embedded.x,
-            embedded.positions,
+            embedded.rotation,
             mask,
             local_mask,
             start=start,
@@ -349,10 +352,28 @@ class PaliGemma2(nnx.Module):
         """
         assert self.config.exit_layers, "a model without exit_layers has no scores"
         embedded = self.embed(batch.frames, batch.tokens, batch.mask_ar, batch.mask_input)
-        _, rows = self.run_layers(
-            embedded, stop=self.config.exit_layers[-1], collect=embedded.last_prefix_row
+        return self.run_exits(embedded)[1]
+
+    def run_exits(
+        self, embedded: Embedded, *, start: int = 0, stop: int | None = None
+    ) -> tuple[Embedded, ExitScores]:
+        """Runs the layers from one exit to another, and reads those passed.
+
+        Args:
+          embedded: what `embed` gives, or what an earlier call has left.
+          start: number of the first exit to read; the one before it was passed already.
+          stop: number of the exit to stop in front of; None = all.
+
+        Returns:
+          `embedded` behind the last exit that was read, and the scores of `stop - start` exits.
+        """
+        layers = self.config.exit_layers[:stop]
+        first = layers[start - 1] if start else 0
+        embedded, rows = self.run_layers(
+            embedded, start=first, stop=layers[-1], collect=embedded.last_prefix_row
         )
-        return self._exit_scores(rows)
+        rows = jnp.stack([rows[layer - first - 1] for layer in layers[start:]])
+        return embedded, self.exits(rows, start=start)
 
     def logits(self, pre_logits: jax.Array) -> jax.Array:
         """float[..., D] -> float32[..., V]. Take the rows you need first: V is large."""

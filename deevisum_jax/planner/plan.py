@@ -6,6 +6,7 @@ Nothing is allocated: parameters are abstract. What is compiled is what a run co
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 import resource
@@ -27,6 +28,8 @@ from deevisum_jax.distill import objective, teachers
 from deevisum_jax.distill.objective import Distillation
 from deevisum_jax.errors import UserError
 from deevisum_jax.inference import scoring
+from deevisum_jax.inference.cost import exit_flops
+from deevisum_jax.inference.staged import StagedScorer
 from deevisum_jax.models import lora, paligemma2, pytree
 from deevisum_jax.planner import chips, environment, model_flops
 from deevisum_jax.planner.chips import Topology
@@ -34,7 +37,7 @@ from deevisum_jax.planner.collectives import Collective
 from deevisum_jax.planner.hlo import Program, Traffic
 from deevisum_jax.typing import Batch, TeacherOutputs
 
-MODES = ("full", "score", "cache_teacher")
+MODES = ("full", "score", "cache_teacher", "early_exit")
 _GIB = 2**30
 _LARGEST = 10  # tensors shown
 _TRIED = 3  # compilations at most to find what fits
@@ -86,6 +89,7 @@ class Plan:
 
     topology: Topology
     mode: str  # of MODES
+    part: str  # of an early exit: the stage ("layers 9 to 13") or "gather"; "" = all of a mode
     mesh: dict[str, int]  # devices along data, fsdp, tensor
     batch_size: int
     num_params: int  # of the model
@@ -180,23 +184,47 @@ def plan(config: Config, topology: Topology, mode: str, stages: Sequence[Config]
         else the vocabulary is the variant's own and a label word is one token.
       topology: the slice.
       mode: "full", an update of training; "score", the scoring pass at `eval.batch_size`;
-        "cache_teacher", a pass at that size of a stage that others learn from.
+        "cache_teacher", a pass at that size of a stage that others learn from. An early exit is
+        more than one step: `plan_parts`.
       stages: all of the experiment's, as `config.stages_from_file` gives them.
 
     Raises:
       UserError: the mesh or the batch does not fit the slice, nobody learns from the stage that is
         to be cached, or as `experiment.model_config` and `objective.make`.
     """
-    assert mode in MODES, mode
-    mesh = sharding.make_mesh(
-        **dataclasses.asdict(config.mesh), devices=environment.devices(topology)
-    )
+    mesh = _mesh(config, topology)
     if mode == "full":
         made = _training(config, mesh, stages)
     elif mode == "score":
         made = _scoring(config, mesh)
     else:
+        assert mode == "cache_teacher", mode
         made = _caching(config, mesh, stages)
+    return _planned(made, topology, mode, mesh)
+
+
+def plan_parts(config: Config, topology: Topology) -> Iterator[Plan]:
+    """As `plan`, what scoring at `eval.batch_size` with an early exit is made of, one by one.
+
+    These are the stages between exits, the first with the pictures, and what gathers a batch from
+    the survivors of two (`inference.staged`). The FLOPs of a stage's `model_flops` are those of
+    `inference.cost`.
+
+    Raises:
+      UserError: the model has one exit only; or as `plan`.
+    """
+    mesh = _mesh(config, topology)
+    for made in _stages_and_gather(config, mesh):
+        yield _planned(made, topology, "early_exit", mesh)
+
+
+def _mesh(config: Config, topology: Topology) -> jax.sharding.Mesh:
+    return sharding.make_mesh(
+        **dataclasses.asdict(config.mesh), devices=environment.devices(topology)
+    )
+
+
+def _planned(made: _Made, topology: Topology, mode: str, mesh: jax.sharding.Mesh) -> Plan:
     state_bytes = sum(placed.num_bytes for placed in made.placed)
     memory = cost = compiled = None
     before = time.process_time()
@@ -232,6 +260,7 @@ def plan(config: Config, topology: Topology, mode: str, stages: Sequence[Config]
     return Plan(
         topology=topology,
         mode=mode,
+        part=made.part,
         mesh=sharding.sizes(mesh),
         batch_size=made.batch_size,
         num_params=pytree.num_params(made.params),
@@ -277,6 +306,7 @@ class _Made:
     params: Any  # of the model, abstract
     model_flops: int  # of all chips together
     placed: list[Placed]
+    part: str = ""  # as `Plan.part`
     notes: tuple[str, ...] = ()
 
 
@@ -435,6 +465,45 @@ def _scoring(config: Config, mesh: jax.sharding.Mesh) -> _Made:
             lambda params, batch: paligemma2.bind(model_config, params).score(batch), params, batch
         ),
         placed=list(_placed(params, shardings)),
+    )
+
+
+def _stages_and_gather(config: Config, mesh: jax.sharding.Mesh) -> Iterator[_Made]:
+    batch_size = config.eval.batch_size
+    sharding.check_batch("eval.batch_size", batch_size, mesh)
+    model_config, _ = _model(config)
+    ends = model_config.exit_layers
+    if len(ends) == 1:
+        raise UserError(
+            f"model.exit_layers={ends} has one exit only, so nobody leaves early and there is "
+            "nothing to plan; name more exits, or give --mode score"
+        )
+    params = paligemma2.abstract_params(model_config)
+    shardings = sharding.param_shardings(params, mesh)
+    scorer = StagedScorer(model_config, shardings, mesh)
+    batch = _batch(config, model_config, batch_size, captions=False)
+    _, between = jax.eval_shape(scorer.stage(0, 0), params, batch)
+    where = sharding.batch_sharding(mesh)
+    # Nothing tells the gather where a batch is but the batch itself.
+    between = sharding.abstract(between, jax.tree.map(lambda _: where, between))
+    places = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=where)
+    depths = (0, *ends)
+    flops = np.diff(exit_flops(model_config, config.data), prepend=0)
+    made = functools.partial(_Made, batch_size=batch_size, params=params)
+    for exit_ in range(len(ends)):
+        stage = scorer.stage(exit_, exit_)
+        given = between if exit_ else batch
+        yield made(
+            lower=functools.partial(stage.lower, params, given),
+            model_flops=batch_size * int(flops[exit_]),
+            placed=list(_placed(params, shardings)),
+            part=("" if exit_ else "pictures, ") + f"layers {depths[exit_] + 1} to {ends[exit_]}",
+        )
+    yield made(
+        lower=functools.partial(scorer.pick.lower, between, between, places),
+        model_flops=0,
+        placed=[],
+        part="gather",
     )
 
 

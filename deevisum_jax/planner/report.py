@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from deevisum_jax.planner.early_exit import EarlyExit, examples
 from deevisum_jax.planner.plan import Advice, Placed, Plan, in_short
 
 _GIB = 2**30
@@ -13,6 +14,11 @@ _COLUMNS = (
     "model", "mode", "slice", "batch", "peak GiB", "of GiB", "model TF", "compiled TF", "ideal ms",
     "compute ms", "HBM ms", "links ms", "step ms", "MFU", "sent GB", "compile CPU-s",
 )  # fmt: skip
+_STAGE_COLUMNS = (
+    "part", "TF by formula", "compiled TF", "HBM GB", "sent GB", "peak GiB", "compute ms", "HBM ms",
+    "links ms", "step ms", "of the full pass", "compile CPU-s",
+)  # fmt: skip
+_SAVED_COLUMNS = ("who leaves", "FLOPs saved", "time saved, all overlaps to nothing does")
 
 
 def text(variant: str, plan: Plan) -> str:
@@ -69,9 +75,12 @@ def table(rows: Sequence[tuple[str, Plan]]) -> str:
     Args:
       rows: names of models and their plans.
     """
-    cells = [list(_COLUMNS), ["---"] * len(_COLUMNS)]
-    cells += [_row(variant, plan) for variant, plan in rows]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(_COLUMNS))]
+    return _markdown(_COLUMNS, [_row(variant, plan) for variant, plan in rows])
+
+
+def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    cells = [columns, ["---"] * len(columns), *rows]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(columns))]
     return "\n".join(
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
         for row in cells
@@ -117,6 +126,58 @@ def advice_text(plan: Plan, advice: Advice) -> str:
             "--config.mesh.data=1 --config.mesh.fsdp=-1 would split instead"
         )
     return "\n".join([words, *(f"  tried {line}" for line in advice.tried)])
+
+
+def early_exit(variant: str, found: EarlyExit) -> str:
+    """A table of what scoring with an early exit is made of, and one of what that might save.
+
+    Figures are those of one chip and one full batch, but for the FLOPs, which are one segment's.
+    """
+    whole, gather = found.whole, found.gather
+    mesh = ", ".join(f"{axis} {size}" for axis, size in whole.mesh.items())
+    parts = {one.part: one for one in (*found.stages, gather)} | {"full pass": whole}
+    lines = [
+        f"{variant}, early exit, on {whole.topology.name}: batch {whole.batch_size}, mesh {mesh}; "
+        "per chip and batch, FLOPs per segment",
+        _markdown(_STAGE_COLUMNS, [_stage_row(name, one, whole) for name, one in parts.items()]),
+    ]
+    if found.fits:
+        rows = [
+            [words, f"{saved.flops:.1%}", f"{saved.time:.1%} to {saved.time_sum:.1%}"]
+            for words, saved in (
+                (words, found.saved(rates)) for words, rates in examples(len(found.stages)).items()
+            )
+        ]
+        lines += [
+            "",
+            _markdown(_SAVED_COLUMNS, rows),
+            f"  a batch between two stages has {gather.memory.output / 2**20:.1f} MiB on a chip",
+        ]
+    lines += [f"  note: {name}: {note}" for name, one in parts.items() for note in one.notes]
+    return "\n".join(lines)
+
+
+def _stage_row(name: str, one: Plan, whole: Plan) -> list[str]:
+    if not one.fits:
+        return [name, in_short(one), *["-"] * (len(_STAGE_COLUMNS) - 3), _seconds(one)]
+    segments = one.batch_size / one.topology.num_chips  # on one chip
+    share = "-"
+    if whole.fits:
+        share = f"{one.step_s / whole.step_s:.1%} to {one.step_sum_s / whole.step_sum_s:.1%}"
+    return [
+        name,
+        _tera(one.model_flops / segments),
+        _tera(one.cost.flops / segments),
+        f"{one.cost.hbm_bytes / 1e9:.3g}",
+        f"{one.sent_bytes / 1e9:.3g}",
+        _gib(one.memory.peak),
+        _ms(one.compute_s, ""),
+        _ms(one.hbm_s, ""),
+        f"{_ms(one.ici_s, '')} to {_ms(one.cost.ring_s, '')}",
+        f"{_ms(one.step_s, '')} to {_ms(one.step_sum_s, '')}",
+        share,
+        _seconds(one),
+    ]
 
 
 def as_json(variant: str, plan: Plan) -> dict[str, Any]:

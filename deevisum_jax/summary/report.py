@@ -29,6 +29,13 @@ from deevisum_jax.summary.protocols import Result, cautions
 _THUMBNAIL_W = 400  # pixels
 _CURVE_POINTS = 600  # a chart shows no more; more are averaged in equal groups
 _PEOPLE = ("human", "oracle")
+# DEEVISum's early exit as its abstract has it (arXiv 2504.21831).
+_PUBLISHED = {"name": "DEEVISum, as published (TVSum)", "time_saved": 0.21, "f1_loss": 0.013}
+_TEXT_COLUMNS = ("confidence", "thresholds", "promise")  # of a trade-off; the others hold numbers
+# The charts of a trade-off, in units of their viewBox, which CSS scales as a whole.
+_PLOT_LEFT, _PLOT_RIGHT, _PLOT_TOP, _PLOT_BOTTOM = 44, 344, 12, 192
+_CHART_SIZE = (360, 232)
+_CHAR_W = 6.2  # of a label, on average, in a wide font
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +53,17 @@ class RunReport:
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # date, hardware, command
     notes: Sequence[str] = ()
+    # What leaving early saves and costs, None where nobody has calibrated:
+    #   points       from off to the cheapest, each `confidence, thresholds` (one per exit but the
+    #                last; None: nobody leaves there), `f1, tau`, `f1_loss, tau_loss` (the full
+    #                model's less the point's), `avg_depth`, `flops_saved` (0..1), `time_saved`
+    #                (None, or `median, low, high`, 0..1), `p_value` (or None), `passed`, `chosen`
+    #   num_layers   of the decoder
+    #   epsilons     metric -> the loss that is tolerated
+    #   promise      a plain sentence
+    #   num_videos   that the metrics are means over
+    #   machine      where time was measured, in a line
+    tradeoff: Mapping[str, Any] | None = None
 
 
 def write_video_report(
@@ -129,7 +147,7 @@ def write_run_report(path: str | os.PathLike, run: RunReport) -> None:
     """Writes the page of a training run.
 
     Raises:
-      UserError: there is no result at all.
+      UserError: there is no result at all, or a trade-off without points.
     """
     results = {**run.models, **run.baselines}
     if not results:
@@ -161,9 +179,46 @@ def write_run_report(path: str | os.PathLike, run: RunReport) -> None:
         protocols=protocols,
         cautions=cautions(run.models, run.baselines),
         charts=[_curve(name, *series) for name, series in run.losses.items()],
+        tradeoff=run.tradeoff and _tradeoff(run.tradeoff),
         config=_flat(run.config),
         number_of_videos=len(next(iter(results.values())).per_video),
     )
+
+
+def tradeoff_table(tradeoff: Mapping[str, Any]) -> str:
+    """What leaving early saves and costs, as a table in GitHub's Markdown.
+
+    Args:
+      tradeoff: as `RunReport.tradeoff`.
+
+    Returns:
+      A line per point, the chosen one's in bold, and last what DEEVISum publishes. Columns are
+      padded, so that the table can also be read in a terminal.
+
+    Raises:
+      UserError: there are no points.
+    """
+    columns, points = _tradeoff_cells(tradeoff)
+    rows = [
+        [f"**{cell}**" if point["chosen"] else cell for cell in cells.values()]
+        for cells, point in zip(points, tradeoff["points"], strict=True)
+    ]
+    published = dict.fromkeys(columns, "-") | {
+        "confidence": _PUBLISHED["name"],
+        "time saved": f"{100 * _PUBLISHED['time_saved']:.0f} %",
+        "F1 lost": f"{100 * _PUBLISHED['f1_loss']:.1f}",
+        "promise": "not measured here",
+    }
+    rows.append(list(published.values()))
+    texts = [k for k, name in enumerate(columns) if name in _TEXT_COLUMNS]
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    line = lambda cells: "| " + " | ".join(cells) + " |"
+    pad = lambda cells: line(
+        cell.ljust(width) if k in texts else cell.rjust(width)
+        for k, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    )
+    rule = line("-" * w if k in texts else "-" * (w - 1) + ":" for k, w in enumerate(widths))
+    return "\n".join([pad(columns), rule, *map(pad, rows)])
 
 
 def write_evaluation_report(
@@ -222,7 +277,12 @@ def means_differ(rows: Mapping[str, Mapping[str, Any]], metrics: Iterable[str]) 
 
 def thousandths(value: float, sign: str = "") -> str:
     """Without the sign of what is rounded to 0; with `sign="+"` also the other numbers' plus."""
-    return f"{round(value, 3) + 0.0:{sign}.3f}"
+    return _fixed(value, 3, sign)
+
+
+def _fixed(value: float, decimals: int, sign: str = "") -> str:
+    """Without the sign of what is rounded to 0."""
+    return f"{round(value, decimals) + 0.0:{sign}.{decimals}f}"
 
 
 def _rugs(rows: list[dict], metric: str) -> dict[str, Any]:
@@ -303,7 +363,7 @@ def write_corpus_index(path: str | os.PathLike, index: Mapping[str, Any]) -> Non
 
     Args:
       path: the HTML file, in a bucket or not.
-      index: the content of index.json: `settings` (`run, step, budget, exit_threshold`), `totals`
+      index: the content of index.json: `settings` (`run, step, budget, exit_policy`), `totals`
         (`videos, done, failed, left, duration_s, selected_s`) and `videos` (each `id, video,
         state`; a done one also `title, duration_s, selected_s, shots, mean_exit_layer, still,
         notes`, a failed one `reason`).
@@ -312,7 +372,17 @@ def write_corpus_index(path: str | os.PathLike, index: Mapping[str, Any]) -> Non
         state: [entry for entry in index["videos"] if entry["state"] == state]
         for state in ("done", "failed", "left")
     }
-    _write(path, "corpus.html", **index, groups=groups)
+    _write(path, "corpus.html", **index, groups=groups, exits=_exits(index["settings"]))
+
+
+def _exits(settings: Mapping[str, Any]) -> str:
+    """When segments leave, for the page of many videos."""
+    policy = settings["exit_policy"]
+    thresholds = policy["thresholds"]
+    if all(threshold is None for threshold in thresholds):
+        return "every layer"
+    shown = ["-" if threshold is None else f"{threshold:.4g}" for threshold in thresholds]
+    return f"exits by {policy['confidence']} from {' / '.join(shown)} on"
 
 
 def _curve(name: str, steps: Sequence[float], values: Sequence[float]) -> dict[str, Any]:
@@ -343,6 +413,254 @@ def _curve(name: str, steps: Sequence[float], values: Sequence[float]) -> dict[s
         "last_step": steps[-1],
         "last": float(values[-1]),
     }
+
+
+def _tradeoff_cells(tradeoff: Mapping[str, Any]) -> tuple[list[str], list[dict[str, str]]]:
+    """Names of columns, and each point's texts under them; F1 in points, that is times 100."""
+    if not tradeoff["points"]:
+        raise UserError(
+            "a trade-off needs at least one point; evaluate at least the model with exits off"
+        )
+    rows = []
+    for point in tradeoff["points"]:
+        time, p = point["time_saved"], point["p_value"]
+        saved = {key: _fixed(value, 1) for key, value in _saved(point).items()}
+        verdict = "not tested" if p is None else "not shown"
+        row = {
+            "confidence": "off" if _is_off(point) else point["confidence"],
+            "thresholds": _thresholds(point),
+            f"layers of {tradeoff['num_layers']}": f"{point['avg_depth']:.2f}",
+            "FLOPs saved": f"{_fixed(100 * point['flops_saved'], 1)} %",
+            "time saved": "{median} % [{low}, {high}]".format(**saved) if time else "-",
+            "F1": _fixed(100 * point["f1"], 2),
+            "tau": thousandths(point["tau"]),
+            "F1 lost": _fixed(100 * point["f1_loss"], 2),
+            "tau lost": thousandths(point["tau_loss"]),
+            "p": "-" if p is None else f"{p:.2g}",
+            "promise": "shown" if point["passed"] else verdict,
+        }
+        rows.append(row)
+    return list(rows[0]), rows
+
+
+def _tradeoff(tradeoff: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page shows of a trade-off: two charts, of F1 and of tau, and the table."""
+    columns, rows = _tradeoff_cells(tradeoff)
+    points = tradeoff["points"]
+    published = {key: 100 * _PUBLISHED[key] for key in ("time_saved", "f1_loss")}
+    places = [_saved(point) for point in points]
+    ends = [value for place in places for value in place.values()]
+    x_axis = _Axis.over([*ends, published["time_saved"]], _PLOT_LEFT, _PLOT_RIGHT)
+
+    # With exits off nothing is saved, of time or FLOPs, whether or not that was measured.
+    timed = [point["time_saved"] is not None or _is_off(point) for point in points]
+    measured = any(point["time_saved"] is not None for point in points)
+    if not measured:
+        x_title = "FLOPs saved, % (time was not measured)"
+    elif all(timed):
+        x_title = "time saved, %"
+    else:
+        x_title = "time saved, % (hollow: FLOPs saved, not timed)"
+    charts = []
+    for metric, name, unit, scale in (
+        ("f1", "F1 lost", ", in points", 100),
+        ("tau", "tau lost", "", 1),
+    ):
+        losses = [scale * point[f"{metric}_loss"] for point in points]
+        tolerated = [scale * tradeoff["epsilons"][metric]] if metric in tradeoff["epsilons"] else []
+        signs = [published["f1_loss"]] if metric == "f1" else []
+        y_axis = _Axis.over([*losses, *tolerated, *signs], _PLOT_BOTTOM, _PLOT_TOP)
+        marks = [
+            {
+                "x": x_axis(place["median"]),
+                "low": x_axis(place["low"]),
+                "high": x_axis(place["high"]),
+                "y": y_axis(loss),
+                "chosen": point["chosen"],
+                "off": _is_off(point),
+                "hollow": measured and not known,
+                "text": f"{row['confidence']} {row['thresholds']}: {place['median']:.1f} % of the "
+                f"{'time' if known else 'FLOPs'} saved, {name} {row[name]}",
+            }
+            for point, place, known, loss, row in zip(
+                points, places, timed, losses, rows, strict=True
+            )
+        ]
+        chart = {
+            "title": name + unit,
+            "x_title": x_title,
+            "x_ticks": x_axis.ticks,
+            "y_ticks": y_axis.ticks,
+            "line": " ".join(f"{mark['x']},{mark['y']}" for mark in marks),
+            "marks": marks,
+            "tolerance": y_axis(tolerated[0]) if tolerated else None,
+            "published": (x_axis(published["time_saved"]), y_axis(signs[0])) if signs else None,
+            "aria": "; ".join(
+                [f"{name}{unit} over {x_title}, {len(points)} settings of the exits"]
+                + [f"tolerance {value:g}" for value in tolerated]
+                + [f"chosen {mark['text']}" for mark in marks if mark["chosen"]]
+            ),
+        }
+        chart["labels"] = _labels(chart, *(f"tolerance {value:g}" for value in tolerated))
+        charts.append(chart)
+    return {
+        **tradeoff,
+        "measured": measured,
+        "charts": charts,
+        "columns": columns,
+        "rows": rows,
+        "text_columns": _TEXT_COLUMNS,
+        "published": {
+            "name": _PUBLISHED["name"],
+            "time": f"{published['time_saved']:.0f} %",
+            "f1": f"{published['f1_loss']:.1f}",
+        },
+        "plot": {
+            "left": _PLOT_LEFT,
+            "right": _PLOT_RIGHT,
+            "top": _PLOT_TOP,
+            "bottom": _PLOT_BOTTOM,
+            "size": _CHART_SIZE,
+        },
+    }
+
+
+def _saved(point: Mapping[str, Any]) -> dict[str, float]:
+    """`median, low, high` in percent: of time, or of FLOPs where time was not measured."""
+    keys = ("median", "low", "high")
+    saved = point["time_saved"] or dict.fromkeys(keys, point["flops_saved"])
+    return {key: 100 * saved[key] for key in keys}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Axis:
+    """Places of values on a straight scale."""
+
+    low: float
+    high: float
+    start: float  # place of `low`
+    end: float  # place of `high`
+
+    @classmethod
+    def over(cls, values: Iterable[float], start: float, end: float) -> _Axis:
+        """From the least value to the largest and a twentieth further; from 0 if it is the end."""
+        values = [0.0, *values]
+        low, high = min(values), max(values)
+        margin = (high - low) / 20 or 0.5
+        return cls(low - margin * (low < 0), high + margin, start, end)
+
+    def __call__(self, value: float) -> float:
+        share = (value - self.low) / (self.high - self.low)
+        return round(self.start + share * (self.end - self.start), 2)
+
+    @property
+    def ticks(self) -> list[dict[str, Any]]:
+        """At multiples of 1, 2 or 5 times a power of ten, at most eight."""
+        least = (self.high - self.low) / 7
+        power = math.floor(math.log10(least))
+        factor = next(k for k in (1, 2, 5, 10) if k * 10.0**power >= least)
+        step, decimals = factor * 10.0**power, max(0, -power - (factor == 10))
+        multiples = range(math.ceil(self.low / step), math.floor(self.high / step) + 1)
+        return [{"at": self(k * step), "text": f"{k * step:.{decimals}f}"} for k in multiples]
+
+
+def _labels(chart: Mapping[str, Any], *tolerance: str) -> list[dict[str, Any]]:
+    """Texts beside the marks of a chart, each where it covers the least of what is there.
+
+    Args:
+      chart: with `marks`, and places of `tolerance` and `published` or None.
+      tolerance: the text at its line, if there is one.
+    """
+    marks, boxes = chart["marks"], []  # boxes: what is drawn
+    for before, mark in zip([marks[0], *marks], marks, strict=False):
+        boxes.append((mark["x"] - 5, mark["y"] - 5, mark["x"] + 5, mark["y"] + 5))
+        boxes.append((mark["low"], mark["y"] - 3, mark["high"], mark["y"] + 3))
+        for x, y in np.linspace((before["x"], before["y"]), (mark["x"], mark["y"]), 30):
+            boxes.append((x - 1, y - 1, x + 1, y + 1))
+
+    wanted = []  # kind, text, where it could stand: x, base line, text-anchor
+    for mark in marks:
+        if mark["chosen"] or mark["off"]:
+            text = ", ".join(name for name in ("off", "chosen") if mark[name])
+            kind = "chosen" if mark["chosen"] else "off"
+            wanted.append((kind, text, _around(mark["x"], mark["y"])))
+    for text in tolerance:
+        y = chart["tolerance"]
+        boxes.append((_PLOT_LEFT, y - 1, _PLOT_RIGHT, y + 1))
+        ends = ((_PLOT_LEFT + 4, "start"), (_PLOT_RIGHT - 2, "end"), (190, "middle"))
+        spots = [(x, base, anchor) for base in (y - 4, y + 13) for x, anchor in ends]
+        wanted.append(("tolerance", text, spots))
+    if chart["published"]:
+        x, y = chart["published"]
+        boxes.append((x - 6, y - 6, x + 6, y + 6))
+        wanted.append(("published", _PUBLISHED["name"], _around(x, y)))
+
+    labels, texts = [], []  # texts: their boxes, that no other text may cover
+    for kind, text, spots in wanted:
+        costs = []
+        for spot in spots:
+            box = left, top, right, bottom = _text_box(text, *spot)
+            inside = left >= _PLOT_LEFT and right <= _CHART_SIZE[0]
+            inside = inside and top >= 0 and bottom <= _PLOT_BOTTOM
+            costs.append((not inside, _overlaps(box, texts), _overlaps(box, boxes)))
+        x, y, anchor = spots[costs.index(min(costs))]
+        texts.append(_text_box(text, x, y, anchor))
+        labels.append(
+            {"kind": kind, "text": text, "x": round(x, 2), "y": round(y, 2), "anchor": anchor}
+        )
+    return labels
+
+
+_Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
+def _overlaps(box: _Box, others: Iterable[_Box]) -> int:
+    """How many of the others it covers in part."""
+    left, top, right, bottom = box
+    return sum(o[0] < right and left < o[2] and o[1] < bottom and top < o[3] for o in others)
+
+
+def _text_box(text: str, x: float, y: float, anchor: str) -> _Box:
+    """Nearly what a label covers whose base line is at y."""
+    width = _CHAR_W * len(text)
+    left = x - width * {"start": 0.0, "middle": 0.5, "end": 1.0}[anchor]
+    return left, y - 10, left + width, y + 3
+
+
+def _around(x: float, y: float) -> list[tuple[float, float, str]]:
+    """Where a label of a mark could stand, the best first."""
+    return [
+        spot
+        for far in (0, 6, 14, 24)
+        for spot in (
+            (x + 9 + far, y + 4, "start"),
+            (x, y - 9 - far, "middle"),
+            (x + 5, y - 8 - far, "start"),
+            (x - 5, y - 8 - far, "end"),
+            (x - 9 - far, y + 4, "end"),
+            (x + 5, y + 15 + far, "start"),
+            (x, y + 17 + far, "middle"),
+            (x - 5, y + 15 + far, "end"),
+        )
+    ]
+
+
+def _is_off(point: Mapping[str, Any]) -> bool:
+    return all(threshold is None for threshold in point["thresholds"])
+
+
+def _thresholds(point: Mapping[str, Any]) -> str:
+    """One per exit; three decimals, or so many that one just below 1 does not read as 1."""
+    texts = []
+    for threshold in point["thresholds"]:
+        if threshold is None:
+            texts.append("-")
+            continue
+        rest = 1 - threshold
+        decimals = max(3, 1 - math.floor(math.log10(rest))) if rest > 0 else 3
+        text = f"{threshold:.{decimals}f}".rstrip("0")
+        texts.append(text.removesuffix("."))
+    return " / ".join(texts) or "-"
 
 
 def _groups(count: int) -> list[np.ndarray]:

@@ -25,6 +25,7 @@ from deevisum_jax import weights
 from deevisum_jax.convert import big_vision, rows
 from deevisum_jax.convert.tensors import read
 from deevisum_jax.errors import UserError
+from deevisum_jax.inference.exit_policy import ExitPolicy
 from deevisum_jax.models import lora, paligemma2
 from deevisum_jax.typing import Batch
 from scripts import check_export, export_hf
@@ -194,6 +195,7 @@ def same_scores(scorer, segments, ours):
     got = scorer.score_all(pixels.float(), *text)
     np.testing.assert_allclose(got.class_logits, ours[1].class_logits, **TOLERANCE)
     np.testing.assert_allclose(got.importance, ours[1].importance, **TOLERANCE)
+    np.testing.assert_allclose(got.cosine, ours[1].cosine, **TOLERANCE)
 
 
 @pytest.fixture(scope="module")
@@ -239,11 +241,12 @@ def test_a_checked_export_is_held_against_the_run_as_it_was_written(
     monkeypatch.setattr(check_export.generation, "generate", lambda *_, **__: said)
     run = runs("llm and img, nf4")
     source, merged = (weights.open_source(str(path)) for path in (run, merged_export(run)))
-    given = check_export.random_segments(source, 2, seed=0)
+    given, policy = check_export.random_segments(source, 2, seed=0), ExitPolicy.off(3)
     exact, rounded = (
-        check_export.say_ours(source, *given, 1, dtype).logits for dtype in ("float32", "bfloat16")
+        check_export.say_ours(source, *given, 1, dtype, policy).logits
+        for dtype in ("float32", "bfloat16")
     )
-    want = check_export.say_ours(merged, *given, 1, "bfloat16").logits
+    want = check_export.say_ours(merged, *given, 1, "bfloat16", policy).logits
     np.testing.assert_allclose(rounded, want, **TOLERANCE)
     assert 1e-3 < np.abs(exact - rounded).max() < 0.3
 
@@ -366,11 +369,13 @@ def test_the_card_s_snippets_run_as_they_stand(
     PIL.Image.fromarray(picture).save("frame_1.jpg")
     card = pathlib.Path("README.md").read_text()
     names = {"__name__": "snippet"}
-    first, second = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    first, second, third = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     exec(re.sub(r"BASE = .*", f"BASE = {str(base)!r}", first), names)
     exec(second, names)
     assert names["scores"].importance.shape == (1,)
     assert "importance tensor([0." in capsys.readouterr().out
+    exec(third, names)
+    assert names["scores"].exit_layer.tolist() == [4]
 
 
 def test_a_base_may_be_named(any_source, start, tmp_path):

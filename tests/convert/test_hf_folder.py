@@ -21,9 +21,13 @@ from tests.hf_reference import IMAGE_TOKEN, hf_inputs, reference
 
 PADDED = 576
 DEEVISUM = {
-    "format": 1,
+    "format": 2,
     "exit_layers": [2, 4],
-    "exit_threshold": 0.9,
+    "exit_policy": {"confidence": "cosine", "thresholds": [0.85]},
+    "calibration": {
+        "promise": {"f1": 0.01},
+        "text": "With a confidence of 90 %, F1 falls by 0.01.",
+    },
     "label_tokens": [300, 301],
     "prompt_template": load_template().text,
     "num_frames": 2,
@@ -31,9 +35,11 @@ DEEVISUM = {
     "text_len": 48,
     "resize": "bilinear",
 }
+OFF = {"confidence": "max_probability", "thresholds": [None]}
 REPORT = {
     **{"tau": 0.2134, "rho": 0.3017, "f1": 0.5521, "tau_early_exit": 0.2, "f1_early_exit": 0.54},
-    **{"exit_threshold": 0.9, "avg_depth": 2.44, "compute_saved": 0.387, "steps": 200},
+    "exit_policy": {"confidence": "cosine", "thresholds": [None, 0.85]},
+    **{"avg_depth": 2.44, "compute_saved": 0.387, "wall_saved": 0.352, "steps": 200},
     "exit_rate": {"2": 0.78, "4": 0.22},
     "protocols": {"tau": "Kendall tau-b ...", "rho": "Spearman ...", "f1": "F1 of the knapsack"},
     "rows": {
@@ -442,10 +448,54 @@ def test_the_card_says_what_the_hub_asks_for(card):
 def test_the_card_has_every_number_with_its_protocol(card):
     assert "| Kendall tau | 0.213 | 0.200 | Kendall tau-b ... |" in card
     assert "| F1, % | 55.2 | 54.0 | F1 of the knapsack |" in card
-    assert "takes 2.44 layers on average" in card
-    assert "39 % of the FLOPs" in card
+    assert "was evaluated by `cosine` with the thresholds none, 0.85. It takes\n2.44 layers" in card
+    assert "saves 39 % of the FLOPs, and 35 % of the time that scoring took" in card
     assert "| random | 0.000 | 0.000 | 50.0 |" in card
     assert "- random: uniform random score" in card
+
+
+def test_the_card_says_when_segments_leave(card):
+    assert (
+        "(`cosine`): the cosine to the prototype of the summary class, without its sign.\n" in card
+    )
+    assert "| 2 | 0.85 |\n| 4 | any |\n" in card
+    assert "\nWith a confidence of 90 %, F1 falls by 0.01.\n" in card
+    assert "scores = model(**inputs, threshold=[0.9])" in card
+
+
+def test_an_exit_that_nobody_leaves_at_is_told_from_one_that_anybody_does(config):
+    # By agreement nobody leaves at the first, whatever its threshold.
+    agreement = {"confidence": "agreement", "thresholds": [0.8, None, 0.9]}
+    card = hf_folder.model_card(
+        dataclasses.replace(config, exit_layers=(1, 2, 3, 4)),
+        title="Four exits",
+        deevisum=DEEVISUM | {"exit_layers": [1, 2, 3, 4], "exit_policy": agreement},
+        report=None,
+        dataset=None,
+        base_model=None,
+        gemma_terms=False,
+    )
+    rows = "| 1 | none is enough |\n| 2 | none is enough |\n| 3 | 0.9 |\n| 4 | any |\n"
+    assert rows in card
+    assert "threshold=[0.9, None, None])" in card
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        {"format": 1},
+        {"exit_layers": "2, 4"},
+        {"exit_policy": 0.9},
+        {"exit_policy": {"confidence": "cosine", "thresholds": [0.9, 0.9]}},
+        {"exit_policy": {"confidence": "cosine", "thresholds": ["0.9"]}},
+        {"exit_policy": {"confidence": "nerve", "thresholds": [0.9]}},
+    ],
+    ids=str,
+)
+def test_a_section_that_exports_do_not_write_is_refused(damaged):
+    hf_folder.check_deevisum(DEEVISUM, "DIR/config.json")
+    with pytest.raises(UserError, match=r"DIR/config\.json: its section deevisum is damaged or of"):
+        hf_folder.check_deevisum(DEEVISUM | damaged, "DIR/config.json")
 
 
 def test_googles_terms_are_passed_on(card, folder):
@@ -506,9 +556,9 @@ def example_folder(tiny_config, tmp_path_factory):
     return folder
 
 
-def run_snippet(card: str, number: int) -> dict:
-    """Runs a block of Python of a card as it stands; returns its variables."""
-    names = {"__name__": "snippet"}
+def run_snippet(card: str, number: int, before: dict | None = None) -> dict:
+    """Runs a block of Python of a card as it stands, behind another; returns its variables."""
+    names = dict(before or {"__name__": "snippet"})
     exec(re.findall(r"```python\n(.*?)```", card, re.DOTALL)[number], names)
     return names
 
@@ -525,7 +575,9 @@ def test_the_cards_snippets_run_as_they_stand(example_folder, capsys, monkeypatc
     assert len(scored["frames"]) == 2
     assert scored["scores"].importance.shape == (1,)
     assert "importance tensor([0." in capsys.readouterr().out
-    told = run_snippet(card, 1)
+    with_thresholds = run_snippet(card, 1, scored)
+    assert with_thresholds["scores"].exit_layer.tolist() == [4]
+    told = run_snippet(card, 2)
     assert told["PROMPT"] == scored["text"].removeprefix("<image>" * 2)
     assert told["tokens"].max() < told["model"].config.text_config.vocab_size
     assert capsys.readouterr().out
@@ -541,7 +593,7 @@ def test_a_model_from_scratch_has_no_gemma_terms_and_may_be_unevaluated(
     card = hf_folder.model_card(
         config,
         title="Scratch",
-        deevisum={**DEEVISUM, "exit_threshold": None},
+        deevisum=DEEVISUM | {"exit_policy": OFF, "calibration": None},
         report=None,
         dataset=None,
         base_model=None,
@@ -550,7 +602,8 @@ def test_a_model_from_scratch_has_no_gemma_terms_and_may_be_unevaluated(
     assert "license" not in card
     assert "base_model" not in card
     assert "Not evaluated." in card
-    assert "none, all layers are run" in card
+    assert "Every segment runs all layers, unless thresholds are given." in card
+    assert "least confidence" not in card
     hf_folder.write_folder(
         tmp_path,
         config=config,

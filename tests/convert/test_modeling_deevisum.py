@@ -15,21 +15,32 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from flax.traverse_util import flatten_dict
 
 from deevisum_jax import convert
+from deevisum_jax.convert import hf_folder
 from deevisum_jax.inference import scoring
+from deevisum_jax.inference.exit_policy import CONFIDENCES, ExitPolicy, confidence
 from deevisum_jax.models import paligemma2
-from deevisum_jax.typing import Batch
+from deevisum_jax.typing import Batch, ExitScores
 from tests.hf_reference import IMAGE_TOKEN, hf_inputs, reference
 
 CODE = pathlib.Path(convert.__file__).parent / "torch" / "modeling_deevisum.py"
 EXITS = (1, 2, 4)
 WIDTH = 32
-THRESHOLD = 0.8  # a third of the random segments leaves at each exit, more or less
+# Of 96 random segments at least a tenth leaves at each exit, by whichever confidence.
+THRESHOLDS = {
+    "max_probability": (0.8, 0.8),
+    "entropy": (0.3, 0.2),
+    "cosine": (0.2, 0.15),
+    "agreement": (0.5, 0.8),
+}
+THRESHOLD = 0.8
 SECTION = {
-    "format": 1,
+    "format": 2,
     "exit_layers": list(EXITS),
-    "exit_threshold": THRESHOLD,
+    "exit_policy": {"confidence": "max_probability", "thresholds": [THRESHOLD, THRESHOLD]},
+    "calibration": None,
     "label_tokens": [3, 4],
     "prompt_template": "title: {title}\ntranscript: {transcript}\nsound: {sound}",
     "num_frames": 1,
@@ -70,6 +81,7 @@ def exported(tmp_path_factory) -> Exported:
         "norm": {"scale": normal(0.3, 3, WIDTH)},
         "classifier": {"kernel": normal(0.25, 3, WIDTH, 2), "bias": normal(0.5, 3, 2)},
         "importance": {"kernel": normal(0.25, 3, WIDTH, 1), "bias": normal(0.5, 3, 1)},
+        "prototype": normal(0.2, 3, WIDTH),
     }
     folder = tmp_path_factory.mktemp("exported")
     ref.theirs.save_pretrained(folder)
@@ -92,9 +104,8 @@ def exported(tmp_path_factory) -> Exported:
     save_heads(
         folder,
         {
-            f"exits.{part}.{name}": torch.from_numpy(tensor)
-            for part, tensors in exits.items()
-            for name, tensor in tensors.items()
+            f"exits.{name}": torch.from_numpy(tensor)
+            for name, tensor in flatten_dict(exits, sep=".").items()
         },
     )
     return Exported(folder, config, ref.params | {"exits": jax.tree.map(jnp.asarray, exits)})
@@ -124,6 +135,10 @@ def edit_config(folder, edit):
 
 def save_heads(folder, tensors):
     safetensors.torch.save_file(tensors, folder / "deevisum_heads.safetensors")
+
+
+def policy(kind, *thresholds):
+    return {"confidence": kind, "thresholds": list(thresholds)}
 
 
 def load_heads(folder):
@@ -169,7 +184,7 @@ def close(got, want, atol=1e-4):
 
 
 def same(a, b, atol=1e-5):
-    for field in ("importance", "summary_prob", "class_logits"):
+    for field in ("importance", "summary_prob", "class_logits", "cosine"):
         close(getattr(a, field), getattr(b, field), atol)
     assert a.exit_layer.tolist() == b.exit_layer.tolist()
 
@@ -183,7 +198,9 @@ def test_loads_every_tensor_and_no_other(exported):
         assert torch.equal(model.exits.tensors()[name], tensor)
 
 
-def test_loads_from_a_repository_on_the_hub(exported, model, tmp_path):
+def test_loads_from_a_repository_on_the_hub(exported, model, tmp_path, monkeypatch):
+    # Else some of transformers asks the Hub all the same, and waits for long where there is none.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     commit = "0123456789" * 4
     repository = tmp_path / "models--someone--scorer"
     shutil.copytree(exported.folder, repository / "snapshots" / commit)
@@ -207,32 +224,114 @@ def test_every_exit_says_what_ours_says(exported, model, num_frames, padding):
     found = segments(5, num_frames=num_frames, padding=padding)
     want, got = ours(exported, found), model.score_all(**theirs(found))
     assert got.class_logits.shape == (3, 5, 2)
-    assert got.importance.shape == (3, 5)
+    assert got.importance.shape == got.cosine.shape == (3, 5)
     close(got.class_logits, want.class_logits)
     close(got.importance, want.importance)
+    close(got.cosine, want.cosine)
+    assert np.abs(want.cosine).max() > 0.1
+
+
+def test_a_prototype_of_zeros_has_no_direction(copy):
+    """As in ours: no division by zero."""
+    heads = load_heads(copy)
+    heads["exits.prototype"].zero_()
+    save_heads(copy, heads)
+    assert not load(copy).score_all(**theirs(segments(2))).cosine.any()
 
 
 @pytest.fixture(scope="module")
-def many(exported):
-    """96 segments, their scores at every exit and the exit that each leaves at, all ours."""
+def scored(exported):
+    """96 segments, and their scores at every exit, ours."""
     found = segments(96)
-    scores = ours(exported, found)
-    prob = np.asarray(jax.nn.softmax(scores.class_logits)[..., 1])
-    exits = scoring.exit_index(prob, THRESHOLD)
-    # None so close to the threshold that rounding decides.
-    assert np.abs(np.maximum(prob, 1 - prob) - THRESHOLD).min() > 1e-5
-    assert np.bincount(exits, minlength=3).min() >= 10
-    return found, scores, exits
+    return found, ours(exported, found)
+
+
+@pytest.fixture(scope="module")
+def many(scored):
+    """And the exit that each leaves at under the exported policy."""
+    return *scored, taken(scored[1], "max_probability", (THRESHOLD, THRESHOLD))
+
+
+def taken(scores, kind, thresholds):
+    """The exit that each segment leaves at, ours; none is left to how numbers are rounded."""
+    read = scoring.read(scores)
+    for x, threshold in enumerate(thresholds):
+        sure = confidence(kind, read.at(x), read.at(x - 1) if x else None)
+        assert np.abs(np.asarray(sure) - threshold).min() > 1e-5
+    return ExitPolicy(confidence=kind, thresholds=thresholds).exit_index(read)
+
+
+def assert_left(got, want, exits):
+    """`exits`: number of the exit of each segment."""
+    each = np.arange(len(exits))
+    depth = np.array(EXITS)[exits]
+    assert got.exit_layer.tolist() == depth.tolist()
+    assert got.layers_run == depth.sum()
+    close(got.class_logits, want.class_logits[exits, each])
+    close(got.importance, jax.nn.sigmoid(want.importance)[exits, each])
+    close(got.summary_prob, jax.nn.softmax(want.class_logits)[exits, each, 1])
+    close(got.cosine, want.cosine[exits, each])
 
 
 def test_every_segment_leaves_where_ours_does(model, many):
     found, want, exits = many
-    got = model(**theirs(found))
-    each = np.arange(len(exits))
-    assert got.exit_layer.tolist() == np.array(EXITS)[exits].tolist()
-    close(got.class_logits, want.class_logits[exits, each])
-    close(got.importance, jax.nn.sigmoid(want.importance)[exits, each])
-    close(got.summary_prob, jax.nn.softmax(want.class_logits)[exits, each, 1])
+    assert np.bincount(exits, minlength=3).min() >= 10
+    assert_left(model(**theirs(found)), want, exits)
+
+
+@pytest.mark.parametrize("kind", CONFIDENCES)
+def test_every_confidence_lets_leave_whom_ours_lets(model, scored, kind):
+    found, want = scored
+    exits = taken(want, kind, THRESHOLDS[kind])
+    # Nobody leaves at the first exit by agreement.
+    at_each = np.bincount(exits, minlength=3)
+    assert (at_each >= 10).tolist() == [kind != "agreement", True, True]
+    got = model(**theirs(found), threshold=THRESHOLDS[kind], confidence=kind)
+    assert_left(got, want, exits)
+
+
+def test_agreement_is_with_what_was_said_of_the_same_segment(copy):
+    """Of four exits: who leaves at the second is gone when the third compares."""
+    exits, thresholds = (1, 2, 3, 4), (0.0, 0.6, 0.5)
+    changed = {"exit_layers": list(exits), "exit_policy": policy("agreement", *thresholds)}
+    edit_config(copy, lambda c: c["deevisum"].update(changed))
+    save_heads(copy, {name: t[[0, 1, 2, 2]].clone() for name, t in load_heads(copy).items()})
+    model, inputs = load(copy), theirs(segments(48))
+    said = model.score_all(**inputs)
+    want = ExitScores(**{name: getattr(said, name).numpy() for name in vars(said)})
+    index = taken(want, "agreement", thresholds)
+    assert np.bincount(index, minlength=4).tolist()[0] == 0
+    assert np.bincount(index, minlength=4)[1:].min() >= 4
+    got = model(**inputs)
+    assert got.exit_layer.tolist() == np.array(exits)[index].tolist()
+    close(got.cosine, want.cosine[index, np.arange(48)], 1e-5)
+
+
+def test_the_file_that_stands_alone_knows_what_this_package_knows(model):
+    made = sys.modules[type(model).__module__]
+    assert made.CONFIDENCES == CONFIDENCES
+    assert made.FORMAT == hf_folder.DEEVISUM_FORMAT
+    assert made.HEADS_FILE == hf_folder.HEADS_FILE
+
+
+def test_thresholds_may_be_one_for_all_or_one_for_each_exit(model, scored):
+    found, want = scored
+    inputs = theirs(found)
+    exits = taken(want, "max_probability", (0.7, 0.7))
+    assert_left(model.score(**inputs, threshold=0.7), want, exits)
+    exits = taken(want, "max_probability", (np.inf, 0.7))
+    assert np.bincount(exits, minlength=3)[0] == 0
+    assert_left(model.score(**inputs, threshold=[None, 0.7]), want, exits)
+    assert_left(model.score(**inputs, threshold=(float("inf"), 0.7)), want, exits)
+
+
+def test_a_segment_that_is_just_sure_enough_leaves(model):
+    """The threshold that is the confidence itself."""
+    found = theirs(segments(1))
+    first = model.score_all(**found).class_logits[0].softmax(-1).max().item()
+    assert model.score(**found, threshold=first).exit_layer.item() == 1
+    above = np.nextafter(np.float32(first), np.float32(1))
+    assert model.score(**found, threshold=above).exit_layer.item() > 1
 
 
 def rows_per_layer(model, call):
@@ -277,7 +376,8 @@ def test_without_a_threshold_all_segments_go_on_to_the_last_exit(exported, model
 
 
 def test_layers_behind_the_last_exit_are_not_run(copy):
-    edit_config(copy, lambda c: c["deevisum"].update(exit_layers=[1, 2], exit_threshold=None))
+    changed = {"exit_layers": [1, 2], "exit_policy": policy("cosine", None)}
+    edit_config(copy, lambda c: c["deevisum"].update(changed))
     save_heads(copy, {name: t[:2].clone() for name, t in load_heads(copy).items()})
     model = load(copy)
     _, rows = rows_per_layer(model, lambda: model(**theirs(segments(3))))
@@ -343,6 +443,7 @@ def test_saved_again_it_is_the_same(model, tmp_path):
     model.save_pretrained(tmp_path / "again")
     again, info = load(tmp_path / "again", output_loading_info=True)
     assert not any(info.values())
+    assert again.config.deevisum == SECTION
     found = theirs(segments(3))
     same(again(**found), model(**found), 0)
 
@@ -381,9 +482,13 @@ def test_refuses_heads_of_another_model(copy):
     ("section", "message"),
     [
         (None, "no section `deevisum`"),
-        (SECTION | {"format": 2}, "is of format 2, this modeling_deevisum.py reads format 1"),
+        (SECTION | {"format": 1}, "is of format 1, this modeling_deevisum.py reads format 2"),
         (SECTION | {"exit_layers": [2, 2]}, r"exit_layers \[2, 2\] .* must increase"),
         (SECTION | {"exit_layers": [5]}, "within 1 and the depth of the language model, 4"),
+        (SECTION | {"exit_policy": 0.9}, "exit_policy .* is 0.9, without .* export"),
+        (SECTION | {"exit_policy": policy("nerve", 0.9, 0.9)}, "of exit_policy .*'nerve' is unk"),
+        (SECTION | {"exit_policy": policy("cosine", 0.9)}, "exit_policy .* wanted 2 .* got 1"),
+        (SECTION | {"exit_policy": policy("cosine", 0.9, 90)}, r"which 90 is not within \[0, 1\]"),
     ],
 )
 def test_refuses_a_config_that_it_does_not_understand(copy, section, message):
@@ -392,14 +497,24 @@ def test_refuses_a_config_that_it_does_not_understand(copy, section, message):
         load(copy)
 
 
-def test_refuses_a_threshold_out_of_range(copy, model):
-    found = theirs(segments(2))
-    for threshold in (0.4, 1.1, "never"):
-        with pytest.raises(ValueError, match=r"threshold is .* not within \[0.5, 1\]"):
-            model.score(**found, threshold=threshold)
-    edit_config(copy, lambda c: c["deevisum"].update(exit_threshold=90))
-    with pytest.raises(ValueError, match=r"exit_threshold of the section deevisum .* is 90"):
-        load(copy)(**found)
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"threshold": 0.4}, r"threshold is 0.4, of which 0.4 is not within \[0.5, 1\]"),
+        ({"threshold": [0.9, 1.1]}, r"of which 1.1 is not within \[0.5, 1\]"),
+        ({"threshold": [0.9, "high"]}, "of which 'high' is not within"),
+        ({"threshold": -0.1, "confidence": "entropy"}, r"-0.1 is not within \[0, 1\], .*'entropy'"),
+        ({"threshold": float("nan"), "confidence": "cosine"}, "nan is not within"),
+        ({"threshold": [0.9]}, r"wanted 2 thresholds, .* layers \[1, 2, 4\]\), got 1"),
+        ({"threshold": [0.9] * 3}, "wanted 2 thresholds, .* got 3"),
+        ({"threshold": "never"}, "threshold 'never' is none; give .config., a number"),
+        ({"threshold": 0.9, "confidence": "nerve"}, "confidence 'nerve' is unknown; choose one"),
+        ({"confidence": "cosine"}, "are of the confidence 'max_probability'; with .* give"),
+    ],
+)
+def test_refuses_thresholds_that_it_cannot_use(model, asked, message):
+    with pytest.raises(ValueError, match=message):
+        model.score(**theirs(segments(2)), **asked)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 """FLOPs by hand, and against the sizes of the parameters themselves."""
 
 import jax
+import numpy as np
 import pytest
 
-from deevisum_jax.inference.cost import score_flops
+from deevisum_jax.config import DataConfig
+from deevisum_jax.inference.cost import exit_flops, score_flops
 from deevisum_jax.models.paligemma2 import VARIANTS, abstract_params, get_config
 
 TINY = VARIANTS["tiny"]
@@ -19,6 +21,16 @@ def test_tiny_by_hand():
     # q and output 2 * 32 * 64, k and v 2 * 32 * 32, mlp 3 * 32 * 64; attention 4 * 100 * 64.
     layer = 2 * 10 * (4096 + 2048 + 6144) + 25_600
     assert score_flops(TINY, num_frames=1, text_len=6, depth=3) == image + 3 * layer
+
+
+def test_exits_by_hand():
+    # As above: two frames in 8 image tokens and 4 of text are 12; a layer costs 2 * 12 * 12288 of
+    # weights and 4 * 144 * 64 of attention.
+    config = get_config("tiny", exit_layers=(1, 4))
+    found = exit_flops(config, DataConfig(dataset="synthetic/tiny", num_frames=2, text_len=4))
+    image, layer = 2 * 114_176, 294_912 + 36_864
+    np.testing.assert_array_equal(found, [image + layer, image + 4 * layer])
+    assert found.dtype == np.int64
 
 
 @pytest.mark.parametrize("name", ["paligemma2_3b", "quickstart_student"])

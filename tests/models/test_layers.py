@@ -32,10 +32,14 @@ def test_layer_norm():
     np.testing.assert_allclose(norm(jnp.array([1.0, 5.0])), [-1, 11], atol=1e-6)
 
 
+def rope_at(x, positions):
+    return layers.rope(x, layers.rotation(np.array([positions]), x.shape[-1]))
+
+
 def test_rope_at_two_positions():
     # H = 4: the pairs (x0, x2) and (x1, x3) turn by 1 and by 10000 ** -0.5 = 0.01 a position.
     x = jnp.broadcast_to(jnp.array([1.0, 1.0, 0.0, 0.0]), (1, 2, 1, 4))
-    turned = layers.rope(x, np.array([[0, 3]]))[0, :, 0]
+    turned = rope_at(x, [0, 3])[0, :, 0]
     np.testing.assert_allclose(turned[0], [1, 1, 0, 0], atol=1e-7)
     np.testing.assert_allclose(
         turned[1], [np.cos(3), np.cos(0.03), np.sin(3), np.sin(0.03)], atol=1e-6
@@ -44,7 +48,7 @@ def test_rope_at_two_positions():
 
 def test_rope_tells_257_from_256_in_bfloat16():
     x = jnp.zeros((1, 2, 1, 2), jnp.bfloat16).at[..., 0].set(1)
-    turned = layers.rope(x, np.array([[256, 257]]))
+    turned = rope_at(x, [256, 257])
     np.testing.assert_allclose(
         turned[0, :, 0, 0].astype(np.float32), np.cos([256.0, 257.0]), atol=4e-3
     )
@@ -52,7 +56,7 @@ def test_rope_tells_257_from_256_in_bfloat16():
 
 def test_rope_is_relative():
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
-    at = lambda i, j: jnp.sum(layers.rope(q, np.array([[i]])) * layers.rope(k, np.array([[j]])))
+    at = lambda i, j: jnp.sum(rope_at(q, [i]) * rope_at(k, [j]))
     np.testing.assert_allclose(at(5, 2), at(105, 102), atol=1e-4)
 
 

@@ -104,6 +104,7 @@ def test_parameter_names_and_shapes_are_big_visions():
         "exits/importance/bias": (2, 1),
         "exits/importance/kernel": (2, 2304, 1),
         "exits/norm/scale": (2, 2304),
+        "exits/prototype": (2, 2304),
     }
 
 
@@ -214,16 +215,43 @@ def test_stages_with_fewer_rows_equal_one_pass(tiny):
     def staged(params):
         model = bind(config, params)
         embedded = model.embed(batch.frames, batch.tokens, batch.mask_ar, batch.mask_input)
-        embedded, _ = model.run_layers(embedded, stop=1)
+        embedded, first = model.run_exits(embedded, stop=1)
         embedded: Embedded = jax.tree.map(lambda a: a[np.array([2, 0])], embedded)
-        embedded, _ = model.run_layers(embedded, start=1, stop=3)
-        rows = embedded.last_prefix_row(embedded.x)
-        return model.exits(rows[None], start=1)
+        return first, model.run_exits(embedded, start=1)[1]
 
     scores = jax.jit(lambda params: bind(config, params).score(batch))(params)
-    got = staged(params)
-    np.testing.assert_allclose(got.class_logits[0], scores.class_logits[1, [2, 0]], atol=1e-5)
-    np.testing.assert_allclose(got.importance[0], scores.importance[1, [2, 0]], atol=1e-5)
+    first, others = staged(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b[:1], atol=1e-5), first, scores)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b[1:, [2, 0]], atol=1e-5), others, scores
+    )
+
+
+@pytest.mark.parametrize(("start", "stop", "layers"), [(0, 1, 1), (0, 2, 3), (1, 2, 2), (2, 3, 1)])
+def test_a_stage_reads_its_exits_and_runs_no_more_layers(tiny, start, stop, layers):
+    config, params = tiny  # exits after layers 1, 3 and 4
+    model = bind(config, params)
+    batch = make_batch()
+    ran = []
+
+    def run_layers(embedded, *, start, stop, collect):
+        ran.append(stop - start)
+        return model.run_layers(embedded, start=start, stop=stop, collect=collect)
+
+    def staged():
+        embedded = model.embed(batch.frames, batch.tokens, batch.mask_ar, batch.mask_input)
+        if start:
+            embedded, _ = model.run_exits(embedded, stop=start)
+        spied = bind(config, params)
+        spied.run_layers = run_layers
+        embedded, scores = spied.run_exits(embedded, start=start, stop=stop)
+        return embedded.x, scores
+
+    x, scores = jax.eval_shape(staged)
+    assert ran == [layers]
+    assert x.shape == (2, 2 * NUM_PATCHES + 10, 32)
+    assert scores.class_logits.shape == (stop - start, 2, 2)
+    assert scores.importance.shape == scores.cosine.shape == (stop - start, 2)
 
 
 def test_a_stage_does_not_copy_the_weights_of_its_layers():
@@ -234,6 +262,7 @@ def test_a_stage_does_not_copy_the_weights_of_its_layers():
         mask_ar=jax.ShapeDtypeStruct((1, 8), bool),
         mask_input=jax.ShapeDtypeStruct((1, 8), bool),
         positions=jax.ShapeDtypeStruct((1, 8), jnp.int32),
+        rotation=(jax.ShapeDtypeStruct((1, 8, config.llm.head_dim // 2), jnp.float32),) * 2,
     )
     stage = jax.jit(lambda params, embedded: bind(config, params).run_layers(embedded, stop=5))
     memory = stage.lower(params, embedded).compile().memory_analysis()
@@ -274,7 +303,7 @@ def test_gradients_reach_every_parameter_and_do_not_depend_on_rematerialisation(
         def loss(params):
             model = bind(config, params)
             out = model(batch)
-            scores = jnp.sum(out.exits.class_logits**2) + jnp.sum(out.exits.importance**2)
+            scores = sum(jnp.sum(said**2) for said in jax.tree.leaves(out.exits))
             return scores + jnp.mean(model.logits(out.pre_logits) ** 2)
 
         return jax.jit(jax.grad(loss))(params)

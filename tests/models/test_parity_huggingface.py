@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from deevisum_jax.models import masks
+from deevisum_jax.models import layers, masks
 from deevisum_jax.models.layers import K_MASK
 from deevisum_jax.models.paligemma2 import bind, get_config
 from deevisum_jax.typing import Batch
@@ -87,7 +87,7 @@ def test_grouped_query_attention(models):
     x = random(1, 7, 32)
     rotary = theirs.rotary_emb(torch.from_numpy(x), torch.from_numpy(positions))
     want, _ = theirs.layers[1].self_attn(torch.from_numpy(x), rotary, added)
-    got, _ = first(ours.llm.layers, 1).attn(x, positions, mask)
+    got, _ = first(ours.llm.layers, 1).attn(x, layers.rotation(positions, 16), mask)
     np.testing.assert_allclose(got, want, atol=SIMPLE)
 
 
@@ -97,7 +97,7 @@ def test_block(models):
     x = random(1, 7, 32)
     rotary = theirs.rotary_emb(torch.from_numpy(x), torch.from_numpy(positions))
     want = theirs.layers[0](torch.from_numpy(x), rotary, added)
-    got, _ = first(ours.llm.layers)(x, positions, mask)
+    got, _ = first(ours.llm.layers)(x, layers.rotation(positions, 16), mask)
     np.testing.assert_allclose(got, want, atol=COMPOSITE)
 
 

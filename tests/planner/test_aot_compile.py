@@ -1,13 +1,15 @@
 """The command's flags and endings, with nothing compiled."""
 
+import dataclasses
 import json
 
 import pytest
 
 from deevisum_jax.errors import UserError
-from deevisum_jax.planner import environment, plan
+from deevisum_jax.planner import early_exit, environment, plan
 from scripts import aot_compile
 from tests.conftest import TINY_CONFIG
+from tests.planner.test_early_exit import three_stages
 from tests.planner.test_plan import made, refusal
 
 CONFIG = ["--config", str(TINY_CONFIG)]
@@ -188,6 +190,49 @@ def test_what_native_code_says_is_shown_unless_it_is_dropped(capfd):
         drop()
         environment.os.write(2, b"later\n")
     assert capfd.readouterr().err == "kept\nlater\n"
+
+
+@pytest.fixture
+def stages(monkeypatch):
+    """Sets what `early_exit.plan` gives, without libtpu."""
+
+    def install(gives):
+        monkeypatch.setattr(environment, "prepare", lambda: None)
+
+        def fake(config, topology, keep):
+            found = gives()
+            for one in (*found.stages, found.gather, found.whole):
+                keep(one)
+            return found
+
+        monkeypatch.setattr(early_exit, "plan", fake)
+
+    return install
+
+
+def test_an_early_exit_is_a_table_of_its_stages(stages, capsys, tmp_path):
+    stages(three_stages)
+    out = tmp_path / "plans.json"
+    flags = ["--topology", "v5e:4x4", "--mode", "early_exit", "--json", str(out)]
+    assert run(*flags) == 0
+    assert "tiny, early exit, on v5e:4x4" in capsys.readouterr().out
+    parts = [one["part"] for one in json.loads(out.read_text())]
+    assert parts == ["pictures, layers 1 to 2", "layers 3 to 4", "layers 5 to 6", "gather", ""]
+
+
+def test_an_early_exit_without_room_ends_with_1_and_what_would_fit(stages, monkeypatch, capsys):
+    stages(lambda: dataclasses.replace(three_stages(), whole=refusal(20, mode="score")))
+    monkeypatch.setattr(
+        plan, "plan", lambda config, topology, mode, stages: made(topology=topology, mode=mode)
+    )
+    assert run("--topology", "v5e:4x4", "--mode", "early_exit") == 1
+    assert "take --topology v5e:4x8, the smallest listed" in capsys.readouterr().out
+
+
+def test_an_early_exit_has_no_table_of_all_slices(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run("--all", "--mode", "early_exit")
+    assert "has a table for each slice: name them, without --all" in capsys.readouterr().err
 
 
 def test_a_stage_is_planned_with_all_stages_at_hand(monkeypatch, tmp_path):

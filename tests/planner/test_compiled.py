@@ -89,6 +89,19 @@ def test_scoring_is_planned_on_every_kind_of_chip(tiny_config):
         assert found.cost.flops == pytest.approx(found.model_flops, rel=0.05), kind
 
 
+def test_an_early_exit_is_planned_stage_by_stage(tiny_config):
+    config = tiny_config("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=1")
+    *stages, gather = plan.plan_parts(config, chips.topology("v5e:2x2"))
+    assert len(stages) == len(config.model.exit_layers)
+    for one in stages:
+        assert one.fits
+        assert one.cost.flops == pytest.approx(one.model_flops, rel=0.05), one.part
+    # Every device keeps its segments.
+    assert (gather.cost.flops, gather.sent_bytes) == (0, 0)
+    # From two batches to one.
+    assert gather.memory.argument == pytest.approx(2 * gather.memory.output, rel=0.05)
+
+
 def test_a_batch_without_room_is_an_answer(tiny_config):
     config = tiny_config("mesh.data=4", "mesh.fsdp=1", "mesh.tensor=1", f"eval.batch_size={2**24}")
     found = plan.plan(config, chips.topology("v5e:2x2"), "score")

@@ -4,7 +4,6 @@ import contextlib
 import json
 import re
 
-import jax
 import pytest
 
 from deevisum_jax import config as config_lib
@@ -20,14 +19,6 @@ NF4 = (*LORA, "model.lora.base=nf4", "model.lora.tile=8")
 TEACHER, MENTOR, STUDENT = (
     paligemma2.VARIANTS[f"quickstart_{stage}"].llm for stage in ("teacher", "mentor", "student")
 )
-
-
-@pytest.fixture(scope="module")
-def mesh():
-    """Eight parts of everything, on devices that are there."""
-    mesh = sharding.make_mesh(data=1, fsdp=8, tensor=1)
-    with jax.set_mesh(mesh):
-        yield mesh
 
 
 def planned(*overrides: str) -> config_lib.Config:

@@ -49,7 +49,7 @@ def test_shapes_of_one_device_are_refused():
 
 
 def test_scoring_takes_what_the_formula_says(tiny_config):
-    """The formula leaves out the exit heads: a class (2) and a score (1) at each exit, from D."""
+    """The formula leaves out what is read at each exit, from D: classes (2), score, cosine."""
     config = tiny_config("data.num_frames=3")
     model_config, _ = plan._model(config)
     batch = plan._batch(config, model_config, 8, captions=False)
@@ -58,7 +58,7 @@ def test_scoring_takes_what_the_formula_says(tiny_config):
     one = cost.score_flops(
         model_config, num_frames=3, text_len=config.data.text_len, depth=model_config.llm.depth
     )
-    heads = len(model_config.exit_layers) * 2 * model_config.llm.width * (2 + 1)
+    heads = len(model_config.exit_layers) * 2 * model_config.llm.width * (2 + 1 + 1)
     assert found == 8 * (one + heads)
 
 

@@ -21,6 +21,7 @@ def made(**changes) -> Plan:
     values = {
         "topology": V5E,
         "mode": "full",
+        "part": "",
         "mesh": {"data": 1, "fsdp": 16, "tensor": 1},
         "batch_size": 64,
         "num_params": 3_000_000_000,

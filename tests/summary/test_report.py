@@ -11,7 +11,12 @@ from PIL import Image
 from deevisum_jax.errors import UserError
 from deevisum_jax.summary import protocols, report
 from deevisum_jax.summary.protocols import VideoResult
-from deevisum_jax.summary.report import RunReport, write_run_report, write_video_report
+from deevisum_jax.summary.report import (
+    RunReport,
+    tradeoff_table,
+    write_run_report,
+    write_video_report,
+)
 
 SUMMARY = {
     "video": "holiday <2026>.mp4",
@@ -183,6 +188,191 @@ def test_run_page_warns_of_what_the_numbers_hide(tmp_path):
     assert "no better than" not in text
     assert "more than people among themselves" in text
     assert "Only 2 videos: small differences" in text
+
+
+OFF = {
+    "confidence": "max_probability", "thresholds": [None, None], "f1": 0.5, "tau": 0.3,
+    "f1_loss": 0.0, "tau_loss": 0.0, "avg_depth": 6.0, "flops_saved": 0.0, "time_saved": None,
+    "p_value": None, "passed": True, "chosen": False,
+}  # fmt: skip
+EARLY = {
+    "confidence": "cosine", "thresholds": [0.97, None], "f1": 0.48, "tau": 0.305,
+    "f1_loss": 0.02, "tau_loss": -0.005, "avg_depth": 3.5, "flops_saved": 0.41,
+    "time_saved": {"median": 0.357, "low": 0.294, "high": 0.4},
+    "p_value": 0.0312, "passed": True, "chosen": True,
+}  # fmt: skip
+TRADEOFF = {
+    "points": [OFF, EARLY],
+    "num_layers": 6,
+    "epsilons": {"f1": 0.005, "tau": 0.01},
+    "promise": "At most 0.5 F1 points are lost, with confidence 0.9.",
+    "num_videos": 40,
+    "machine": "2 CPU cores",
+}
+
+
+def tradeoff_page(folder, *points, **changes):
+    tradeoff = TRADEOFF | ({"points": points} if points else {}) | changes
+    run = RunReport(
+        title="exits", models={"student": result(0.3, 0.5)}, baselines={}, tradeoff=tradeoff
+    )
+    write_run_report(folder / "run.html", run)
+    return Page(folder / "run.html")
+
+
+def drawn(page, tag, kind=None):
+    """Attributes of the page's elements, of one class or of all, in both charts."""
+    found = [attributes for name, attributes in page.tags if name == tag]
+    return [a for a in found if kind is None or kind in a.get("class", "").split()]
+
+
+def places(page):
+    """Of the points, x and y, the chosen one last in each chart."""
+    return [(float(a["cx"]), float(a["cy"])) for a in drawn(page, "circle")]
+
+
+def test_tradeoff_places_points_tolerance_and_whiskers(tmp_path):
+    page = tradeoff_page(tmp_path)
+    # x: 300 units from 44 for 0 % to 42 %, a twentieth more than the 40 % of the whisker's end.
+    # F1's y: 180 units upwards from 192 for 0 to 2.1 points. tau's: for -0.005 to 0.01 and a
+    # twentieth of that at both ends, 0.0165 in all.
+    # So 35.7 % is at 44 + 255 and 2 points are at 192 - 171.43; of tau 0 is 0.00575 and -0.005 is
+    # 0.00075 above the bottom.
+    assert [a["points"] for a in drawn(page, "polyline")] == [
+        "44.0,192.0 299.0,20.57",
+        "44.0,129.27 299.0,183.82",
+    ]
+    assert places(page) == [(44.0, 192.0), (299.0, 20.57), (44.0, 129.27), (299.0, 183.82)]
+    # 0.5 points: 192 - 42.86. 0.01: 192 - 180 * 0.01575 / 0.0165.
+    assert [float(a["y1"]) for a in drawn(page, "line", "tolerance")] == [149.14, 20.18]
+    # 29.4 % and 40 %.
+    whisker = drawn(page, "path", "whisker")[0]["d"]
+    assert whisker == "M254.0 17.57v6M254.0 20.57H329.71M329.71 17.57v6"
+    # 21 % and 1.3 points, in the chart of F1 alone: 44 + 150, 192 - 111.43, less 6 to its tip.
+    assert [a["d"].split("l")[0] for a in drawn(page, "path", "published")] == ["M194.0 74.57"]
+    ticks = [a for a in drawn(page, "text") if a.get("text-anchor") == "middle"]
+    assert [float(a["x"]) for a in ticks[:3]] == [44.0, 115.43, 186.86]  # 0, 10, 20 %
+
+
+def test_tradeoff_tells_its_promise_and_whose_the_published_point_is(tmp_path):
+    page = tradeoff_page(tmp_path)
+    for wanted in [
+        "What leaving early saves, and costs", TRADEOFF["promise"], "means over 40 videos",
+        "was measured on 2 CPU cores", "DEEVISum, as published (TVSum)",
+        "21 % less inference time for 1.3 points of F1 on TVSum: a figure of another model",
+        "not measured by us", "tolerance 0.5", "tolerance 0.01",
+        "cosine 0.97 / - 3.50 41.0 % 35.7 % [29.4, 40.0] 48.00 0.305 2.00 -0.005 0.031 shown",
+    ]:  # fmt: skip
+        assert wanted in page.text, wanted
+    assert page.text.count(" time saved, % ") == 2  # the axes
+    assert len(drawn(page, "tr", "chosen")) == 1
+    arias = [a["aria-label"] for a in drawn(page, "svg")]
+    assert "chosen cosine 0.97 / -: 35.7 % of the time saved, F1 lost 2.00" in arias[0]
+    assert "tau lost -0.005" in arias[1]
+
+
+def test_tradeoff_without_time_shows_flops(tmp_path):
+    page = tradeoff_page(tmp_path, OFF, EARLY | {"time_saved": None})
+    assert page.text.count("FLOPs saved, % (time was not measured)") == 2
+    assert "Time was not measured; what is saved are FLOPs." in page.text
+    assert "2 CPU cores" not in page.text
+    assert drawn(page, "path", "whisker") == []
+    assert drawn(page, "circle", "hollow") == []
+    assert places(page)[1] == (round(44 + 300 / 1.05, 2), 20.57)  # the furthest
+    # Where some times were measured, the points without are hollow; off saves nothing either way.
+    page = tradeoff_page(tmp_path, OFF, EARLY, EARLY | {"time_saved": None, "chosen": False})
+    assert "hollow: FLOPs saved, not timed" in page.text
+    assert len(drawn(page, "circle", "hollow")) == 2  # one in each chart
+
+
+def test_tradeoff_of_off_alone_or_of_equal_points(tmp_path):
+    page = tradeoff_page(tmp_path, OFF | {"chosen": True})
+    assert places(page) == [(44.0, 192.0)] * 2
+    assert page.text.count("off, chosen") == 2
+    page = tradeoff_page(tmp_path, OFF, OFF, epsilons={})
+    assert places(page) == [(44.0, 192.0)] * 4
+    assert "tolerance 0" not in page.text
+    with pytest.raises(UserError, match="at least one point"):
+        tradeoff_page(tmp_path, points=[])
+
+
+def test_tradeoff_with_gains_and_lost_time(tmp_path):
+    slower = {"median": -0.1, "low": -0.19, "high": 0.0}
+    page = tradeoff_page(tmp_path, OFF, EARLY | {"f1_loss": -0.007, "time_saved": slower})
+    # x from -21 to 23 %: -19 and 21 %, and a twentieth of 40 at both ends; y from -0.8 to 1.4.
+    assert places(page)[:2] == [
+        (round(44 + 300 * 21 / 44, 2), round(192 - 180 * 0.8 / 2.2, 2)),
+        (round(44 + 300 * 11 / 44, 2), round(192 - 180 * 0.1 / 2.2, 2)),
+    ]
+    assert "-10.0 % [-19.0, 0.0]" in page.text
+    assert "-0.70 -0.005" in page.text
+
+
+@pytest.mark.parametrize("epsilon", [0.0001, 0.005, 0.5])
+def test_labels_of_a_tradeoff_stay_in_the_chart_and_apart(tmp_path, epsilon):
+    curve = [
+        EARLY
+        | {"time_saved": None, "flops_saved": 0.1 * k, "f1_loss": 0.001 * k**2, "chosen": k == 3}
+        for k in range(1, 7)
+    ]
+    page = tradeoff_page(tmp_path, OFF, *curve, epsilons={"f1": epsilon})
+    labels = drawn(page, "text", "label")[:4]
+    assert [a["class"] for a in labels] == [
+        f"label {kind}" for kind in ("off", "chosen", "tolerance", "published")
+    ]
+    texts = ["off", "chosen", f"tolerance {100 * epsilon:g}", "DEEVISum, as published (TVSum)"]
+    boxes = [
+        report._text_box(text, float(a["x"]), float(a["y"]), a["text-anchor"])
+        for text, a in zip(texts, labels, strict=True)
+    ]
+    for k, (left, top, right, bottom) in enumerate(boxes):
+        assert left >= 44
+        assert right <= 360
+        assert top >= 0
+        assert bottom <= 192
+        for other in boxes[:k]:
+            apart = other[2] <= left or right <= other[0] or other[3] <= top or bottom <= other[1]
+            assert apart, (texts[k], other)
+
+
+def test_tradeoff_table_in_markdown():
+    lines = tradeoff_table(TRADEOFF).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    head, rule, off, early, published = ([c.strip() for c in line.split("|")] for line in lines)
+    assert head == [
+        "", "confidence", "thresholds", "layers of 6", "FLOPs saved", "time saved", "F1", "tau",
+        "F1 lost", "tau lost", "p", "promise", "",
+    ]  # fmt: skip
+    assert rule == [
+        "", 30 * "-", 12 * "-", 10 * "-" + ":", 10 * "-" + ":", 22 * "-" + ":", 8 * "-" + ":",
+        8 * "-" + ":", 7 * "-" + ":", 9 * "-" + ":", 8 * "-" + ":", 17 * "-", "",
+    ]  # fmt: skip
+    assert off == [
+        "", "off", "- / -", "6.00", "0.0 %", "-", "50.00", "0.300", "0.00", "0.000", "-", "shown",
+        "",
+    ]  # fmt: skip
+    assert early == [
+        "", "**cosine**", "**0.97 / -**", "**3.50**", "**41.0 %**", "**35.7 % [29.4, 40.0]**",
+        "**48.00**", "**0.305**", "**2.00**", "**-0.005**", "**0.031**", "**shown**", "",
+    ]  # fmt: skip
+    assert published == [
+        "", "DEEVISum, as published (TVSum)", "-", "-", "-", "21 %", "-", "-", "1.3", "-", "-",
+        "not measured here", "",
+    ]  # fmt: skip
+    assert lines[2].startswith(
+        "| off                            | - / -        |        6.00 |       0.0 % |     "
+    )
+
+
+def test_tradeoff_table_tells_what_was_not_shown_and_keeps_thresholds_off_1():
+    refused = EARLY | {"passed": False, "chosen": False, "thresholds": [0.99996, 1.0, 0.5, None]}
+    untested = refused | {"p_value": None}
+    lines = tradeoff_table(TRADEOFF | {"points": [refused, untested]}).splitlines()
+    assert "0.99996 / 1 / 0.5 / -" in lines[2]
+    assert "| not shown " in lines[2]
+    assert "| not tested " in lines[3]
+    with pytest.raises(UserError, match="at least one point"):
+        tradeoff_table(TRADEOFF | {"points": []})
 
 
 def test_numbers_that_round_to_0_have_no_sign(tmp_path):

@@ -66,7 +66,7 @@ APPLAUSE_WEIGHT = 0.55
 SALIENT_WEIGHT = 0.8
 TOGETHER_WEIGHT = 0.6  # applause while the subject is seen
 
-SPLITS = ("train", "validation", "test")
+SPLITS = ("train", "validation", "test", "calibration")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -38,6 +38,8 @@ class SyntheticConfig(tfds.core.BuilderConfig):
     frame_size: int = 96  # height and width of the stored frames, pixels
 
 
+_TINY = scenario.Rules(min_duration_s=8.0, max_duration_s=10.0, mean_shot_s=2.0)
+
 CONFIGS = [
     SyntheticConfig(
         name="quickstart",
@@ -45,10 +47,21 @@ CONFIGS = [
         num_videos={"train": 160, "validation": 16, "test": 40},
     ),
     SyntheticConfig(
+        name="calibration",
+        description="Many more videos like those of quickstart, to promise what early exit costs.",
+        num_videos={"calibration": 600},
+    ),
+    SyntheticConfig(
         name="tiny",
         description="A few seconds of video, for tests.",
         num_videos={"train": 4, "validation": 2, "test": 2},
-        rules=scenario.Rules(min_duration_s=8.0, max_duration_s=10.0, mean_shot_s=2.0),
+        rules=_TINY,
+    ),
+    SyntheticConfig(
+        name="tiny_calibration",
+        description="More videos like those of tiny, for tests.",
+        num_videos={"calibration": 6},
+        rules=_TINY,
     ),
 ]
 

@@ -8,10 +8,10 @@ This file travels inside an exported folder, beside the weights, and stands alon
 Of an adapter in PEFT's form `DeevisumModel.over` makes the model.
 
 A segment is `[frames][BOS prompt]["\n"]`; the whole of it is prefix, so every position sees every
-other. After each exit layer a head reads class and importance at the last position. Rows whose
-likelier class is sure enough leave, deeper layers run on the rest only, and when no row is left no
-more layer runs. The exit heads are ours (the export's own file), all else is PaliGemma 2 as in
-transformers, 4.57 or later.
+other. After each exit layer a head reads class, importance and the cosine to a prototype of the
+summary class at the last position. Rows that it is sure enough of leave, deeper layers run on the
+rest only, and when no row is left no more layer runs. The exit heads are ours (the export's own
+file), all else is PaliGemma 2 as in transformers, 4.57 or later.
 
 Shapes: B segments, I frames of a segment, T text tokens, M image tokens of a segment, S = M + T,
 D model width, X exits, shallowest first.
@@ -23,7 +23,11 @@ import copy
 import dataclasses
 import itertools
 import json
+import math
+import numbers
 import os
+from collections.abc import Iterable
+from typing import TypeVar
 
 import safetensors
 import safetensors.torch
@@ -37,10 +41,17 @@ from transformers.models.paligemma.modeling_paligemma import (
 )
 from transformers.utils import cached_file
 
-FORMAT = 1  # of the section `deevisum` in config.json and of the heads file
+FORMAT = 2  # of the section `deevisum` in config.json and of the heads file
 HEADS_FILE = "deevisum_heads.safetensors"
 # In a folder of adapters, which has no config.json.
 ADAPTER_HEADS_FILE, ADAPTER_SECTION_FILE = "exits.safetensors", "deevisum.json"
+# How sure an exit is -> the least and the most that it can be; `_confidence` says what they are.
+CONFIDENCES = {
+    "max_probability": (0.5, 1.0),
+    "entropy": (0.0, 1.0),
+    "cosine": (0.0, 1.0),
+    "agreement": (0.0, 1.0),
+}
 # Names in the released checkpoints, and so in the folder, to modules here. Most versions of
 # transformers know it of their own PaliGemma only, not of code that comes with a model.
 KEY_MAPPING = {
@@ -66,16 +77,18 @@ class SegmentScores:
     importance: torch.Tensor  # float32[B] in (0, 1)
     summary_prob: torch.Tensor  # float32[B], probability that the segment belongs to the summary
     class_logits: torch.Tensor  # float32[B, 2], not-summary and summary
+    cosine: torch.Tensor  # float32[B] in [-1, 1], to the prototype of the summary class
     exit_layer: torch.Tensor  # int64[B], layers that the segment went through
     layers_run: int  # layers run times rows they ran on; the sum of exit_layer if nothing is wasted
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExitScores:
-    """What every exit says of each segment."""
+    """What every exit says of each segment; of one exit alone without the leading axis."""
 
     class_logits: torch.Tensor  # float32[X, B, 2], not-summary and summary
     importance: torch.Tensor  # float32[X, B], logit of the importance score
+    cosine: torch.Tensor  # float32[X, B] in [-1, 1], to the prototype of the summary class
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,14 +106,9 @@ class _Embedded:
         last = self.last.to(self.x.device)
         return self.x[torch.arange(len(last), device=last.device), last]
 
-    def take(self, rows: torch.Tensor) -> _Embedded:
-        """The rows of the batch where bool[B] is 1."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return _Embedded(**{name: t[rows.to(t.device)] for name, t in fields.items()})
-
 
 class ExitHeads(nn.Module):
-    """Per exit a norm, a linear layer to two class logits and one to the logit of the importance.
+    """Per exit a norm, linear layers to two class logits and to the importance, and a prototype.
 
     Args:
       tensors: by name, as in the heads file.
@@ -120,6 +128,7 @@ class ExitHeads(nn.Module):
             "exits.classifier.bias": (X, 2),
             "exits.importance.kernel": (X, D, 1),
             "exits.importance.bias": (X, 1),
+            "exits.prototype": (X, D),
         }
         offenders = [f"{name}: missing" for name in shapes if name not in tensors]
         offenders += [f"{name}: unknown" for name in tensors if name not in shapes]
@@ -146,15 +155,12 @@ class ExitHeads(nn.Module):
         """By name, as in the heads file."""
         return {name: getattr(self, self._attribute(name)).detach().cpu() for name in self.names}
 
-    def forward(self, rows: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, rows: torch.Tensor, number: int) -> ExitScores:
         """Reads one exit.
 
         Args:
           rows: float[B, D], a layer's output at the last real position.
           number: of the exit, from 0.
-
-        Returns:
-          Class logits float32[B, 2] and importance logits float32[B].
         """
         rows = rows.to(self.norm_scale.device)
         x = rows.float()
@@ -166,7 +172,10 @@ class ExitHeads(nn.Module):
         importance = (
             x @ self.importance_kernel[number].float() + self.importance_bias[number].float()
         )
-        return classes, importance[:, 0]
+        prototype = self.prototype[number].float()
+        lengths = torch.linalg.vector_norm(x, dim=-1) * torch.linalg.vector_norm(prototype)
+        cosine = x @ prototype / lengths.clamp(min=1e-12)
+        return ExitScores(class_logits=classes, importance=importance[:, 0], cosine=cosine)
 
 
 class DeevisumModel(PaliGemmaPreTrainedModel):
@@ -182,6 +191,7 @@ class DeevisumModel(PaliGemmaPreTrainedModel):
     def __init__(self, config: PaliGemmaConfig):
         super().__init__(config)
         self.exit_layers = _exit_layers(config)
+        self._policy("config", None)  # what cannot be used is refused before the weights are read
         self.model = PaliGemmaModel(config)
         llm_config = self.model.language_model.config
         if llm_config._attn_implementation == "sdpa":
@@ -314,11 +324,17 @@ class DeevisumModel(PaliGemmaPreTrainedModel):
         token_type_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         *,
-        threshold: float | str | None = "config",
+        threshold: float | Iterable[float | None] | str | None = "config",
+        confidence: str | None = None,
     ) -> SegmentScores:
         """`score`; takes what PaliGemma's processor makes, `labels` being of no use."""
         return self.score(
-            pixel_values, input_ids, attention_mask, token_type_ids, threshold=threshold
+            pixel_values,
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            threshold=threshold,
+            confidence=confidence,
         )
 
     @torch.no_grad()
@@ -329,11 +345,12 @@ class DeevisumModel(PaliGemmaPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
         *,
-        threshold: float | str | None = "config",
+        threshold: float | Iterable[float | None] | str | None = "config",
+        confidence: str | None = None,
     ) -> SegmentScores:
         r"""Scores segments; each leaves at the first exit that is sure enough, else at the last.
 
-        An exit is as sure as its likelier class: a sure "no" leaves as early as a sure "yes".
+        A sure "no" leaves as early as a sure "yes".
 
         Args:
           pixel_values: float[B, I, 3, H, W] in [-1, 1], or float[B, 3, H, W] for one frame each.
@@ -346,13 +363,20 @@ class DeevisumModel(PaliGemmaPreTrainedModel):
             None = all are real.
           token_type_ids: int[B, T], 1 = suffix (label or caption), which scoring does not see;
             None = all is prefix.
-          threshold: of the likelier class's probability, within [0.5, 1]; None = all rows go on to
-            the last exit; "config" = what the export says (`config.deevisum["exit_threshold"]`).
+          threshold: how sure is sure enough: "config" = the exported thresholds
+            (`config.deevisum["exit_policy"]`); a number = at every exit but the last; several = one
+            for each of them, None = no row leaves there; None = all rows go on to the last exit.
+          confidence: what is held against the thresholds; None = as exported, or
+            "max_probability" = probability of the likelier of the two classes, within [0.5, 1];
+            "entropy" = 1 less the entropy of the classes in bits, within [0, 1];
+            "cosine" = to the prototype of the summary class, without its sign, within [0, 1];
+            "agreement" = 1 less what the probability or the importance has changed since the exit
+            before, the more of the two, within [0, 1]; no row leaves at the first exit.
 
         Raises:
-          ValueError: shapes or the threshold do not fit.
+          ValueError: shapes, thresholds or the confidence do not fit.
         """
-        threshold = self._threshold(threshold)
+        confidence, thresholds = self._policy(threshold, confidence)
         exits = self._exits()
         embedded = self._embed(pixel_values, input_ids, attention_mask, token_type_ids)
         B = len(embedded.x)
@@ -360,28 +384,33 @@ class DeevisumModel(PaliGemmaPreTrainedModel):
         rows = torch.arange(B, device=device)  # still here
         class_logits = torch.zeros(B, 2, dtype=torch.float32, device=device)
         importance = torch.zeros(B, dtype=torch.float32, device=device)
+        cosine = torch.zeros(B, dtype=torch.float32, device=device)
         exit_layer = torch.zeros(B, dtype=torch.int64, device=device)
         start, layers_run = 0, 0
+        before = None  # what the exit before said of the rows that are still here
         for number, stop in enumerate(self.exit_layers):
             embedded = self._run_layers(embedded, start, stop)
             layers_run += len(rows) * (stop - start)
             start = stop
-            logits, importance_logits = exits(embedded.last_row(), number)
-            prob = logits.softmax(-1)[:, 1]
-            leaves = torch.maximum(prob, 1 - prob) >= threshold
+            now = exits(embedded.last_row(), number)
             if stop == self.exit_layers[-1]:
-                leaves = torch.ones_like(leaves)
-            class_logits[rows[leaves]] = logits[leaves]
-            importance[rows[leaves]] = importance_logits[leaves].sigmoid()
+                leaves = torch.ones_like(rows, dtype=torch.bool)
+            else:
+                leaves = _confidence(confidence, now, before) >= thresholds[number]
+            class_logits[rows[leaves]] = now.class_logits[leaves]
+            importance[rows[leaves]] = now.importance[leaves].sigmoid()
+            cosine[rows[leaves]] = now.cosine[leaves]
             exit_layer[rows[leaves]] = stop
             if leaves.all():
                 break
             if leaves.any():
-                rows, embedded = rows[~leaves], embedded.take(~leaves)
+                rows, embedded, now = rows[~leaves], _take(embedded, ~leaves), _take(now, ~leaves)
+            before = now
         return SegmentScores(
             importance=importance,
             summary_prob=class_logits.softmax(-1)[:, 1],
             class_logits=class_logits,
+            cosine=cosine,
             exit_layer=exit_layer,
             layers_run=layers_run,
         )
@@ -394,16 +423,16 @@ class DeevisumModel(PaliGemmaPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
     ) -> ExitScores:
-        """Every exit's scores of every segment, for choosing a threshold. Arguments as `score`."""
+        """Every exit's scores of every segment, for choosing thresholds. Arguments as `score`."""
         exits = self._exits()
         embedded = self._embed(pixel_values, input_ids, attention_mask, token_type_ids)
         scores = []
         for number, (start, stop) in enumerate(itertools.pairwise((0, *self.exit_layers))):
             embedded = self._run_layers(embedded, start, stop)
             scores.append(exits(embedded.last_row(), number))
-        class_logits, importance = zip(*scores, strict=True)
+        fields = [field.name for field in dataclasses.fields(ExitScores)]
         return ExitScores(
-            class_logits=torch.stack(class_logits), importance=torch.stack(importance)
+            **{name: torch.stack([getattr(said, name) for said in scores]) for name in fields}
         )
 
     def _exits(self) -> ExitHeads:
@@ -414,19 +443,59 @@ class DeevisumModel(PaliGemmaPreTrainedModel):
             )
         return self.exits
 
-    def _threshold(self, threshold: float | str | None) -> float:
-        where = "threshold"
-        if threshold == "config":
-            where = "exit_threshold of the section deevisum in config.json"
-            threshold = self.config.deevisum.get("exit_threshold")
-        if threshold is None:
-            return float("inf")
-        if not isinstance(threshold, int | float) or not 0.5 <= threshold <= 1:
+    def _policy(
+        self, threshold: float | Iterable[float | None] | str | None, confidence: str | None
+    ) -> tuple[str, tuple[float, ...]]:
+        """The confidence, and a threshold for each exit but the last; arguments as `score`."""
+        section = "exit_policy of the section deevisum in config.json"
+        num_wanted = len(self.exit_layers) - 1
+        policy = self.config.deevisum.get("exit_policy")
+        if not isinstance(policy, dict) or not isinstance(policy.get("thresholds"), list):
             raise ValueError(
-                f"{where} is {threshold!r}, which is not within [0.5, 1]: it is the probability of "
-                "the likelier of two classes; None (null) never leaves early"
+                f"{section} is {policy!r}, without a confidence and a list of thresholds; export "
+                "the model again"
             )
-        return float(threshold)
+        own = policy.get("confidence")
+        where = f"confidence of {section}" if confidence is None else "confidence"
+        confidence = own if confidence is None else confidence
+        if confidence not in tuple(CONFIDENCES):
+            raise ValueError(
+                f"{where} {confidence!r} is unknown; choose one of {', '.join(CONFIDENCES)}"
+            )
+        where = "threshold"
+        if isinstance(threshold, str):
+            if threshold != "config":
+                raise ValueError(
+                    f'threshold {threshold!r} is none; give "config", a number, one for each exit '
+                    "but the last, or None"
+                )
+            if confidence != own:
+                raise ValueError(
+                    f"the exported thresholds are of the confidence {own!r}; with "
+                    f"confidence={confidence!r} give threshold, too"
+                )
+            where, threshold = section, policy
+            given = tuple(policy["thresholds"])
+        elif threshold is None or isinstance(threshold, numbers.Real):
+            given = (threshold,) * num_wanted
+        else:
+            given = tuple(threshold)
+        if len(given) != num_wanted:
+            raise ValueError(
+                f"{where}: wanted {num_wanted} thresholds, one for each exit but the last (after "
+                f"the layers {list(self.exit_layers)}), got {len(given)}"
+            )
+        low, high = CONFIDENCES[confidence]
+        for value in given:
+            if value is None or (isinstance(value, numbers.Real) and value == math.inf):
+                continue
+            if not isinstance(value, numbers.Real) or not low <= value <= high:
+                raise ValueError(
+                    f"{where} is {threshold!r}, of which {value!r} is not within "
+                    f"[{low:g}, {high:g}], where the confidence {confidence!r} lies; None (null) "
+                    "lets no row leave"
+                )
+        return confidence, tuple(math.inf if value is None else float(value) for value in given)
 
     def _embed(
         self,
@@ -513,6 +582,40 @@ class DeevisumModel(PaliGemmaPreTrainedModel):
             if isinstance(x, tuple):  # transformers 4
                 x = x[0]
         return dataclasses.replace(embedded, x=x)
+
+
+_Rows = TypeVar("_Rows", _Embedded, ExitScores)
+
+
+def _take(record: _Rows, rows: torch.Tensor) -> _Rows:
+    """The rows of the batch where bool[B] is 1."""
+    fields = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+    return type(record)(**{name: t[rows.to(t.device)] for name, t in fields.items()})
+
+
+def _confidence(kind: str, now: ExitScores, before: ExitScores | None) -> torch.Tensor:
+    """How sure an exit is of each segment, float32[B]; -1 where nothing can be said.
+
+    Args:
+      kind: of `CONFIDENCES`.
+      now: what the exit says.
+      before: what the exit before said; None at the first.
+    """
+    if kind == "cosine":
+        return now.cosine.abs()
+    p = now.class_logits.softmax(-1)[:, 1]
+    if kind == "max_probability":
+        return torch.maximum(p, 1 - p)
+    if kind == "entropy":
+        q = torch.stack([p, 1 - p]).clamp(1e-12, 1.0)
+        return 1 + (q * q.log2()).sum(0)
+    if before is None:
+        return torch.full_like(p, -1.0)
+    changes = (
+        p - before.class_logits.softmax(-1)[:, 1],
+        now.importance.sigmoid() - before.importance.sigmoid(),
+    )
+    return 1 - torch.maximum(changes[0].abs(), changes[1].abs())
 
 
 def _exit_layers(config: PaliGemmaConfig) -> tuple[int, ...]:
