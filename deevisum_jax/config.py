@@ -243,6 +243,7 @@ class CalibrationConfig:
     # holds approximately.
     bound: str = "exact"
     dataset: str = ""  # of the videos that it is tried on; "" = data.dataset
+    manual_dir: str = ""  # as data.manual_dir, of `dataset`
     split: str = ""  # "" = eval.validation_split
     search_share: float = 0.25  # of the videos: they choose what is tried on the others
     confidences: tuple[str, ...] = ("max_probability", "cosine", "agreement")
@@ -332,8 +333,8 @@ class Config:
         return {name: weight for name, weight in weights if weight}
 
     @property
-    def calibrated_on(self) -> tuple[str, str]:
-        """Data set and split of the videos that early exit is calibrated on.
+    def calibrated_on(self) -> tuple[DataConfig, str]:
+        """Data and split of the videos that early exit is calibrated on.
 
         Raises:
           UserError: the model is trained or tested on them.
@@ -346,7 +347,17 @@ class Config:
                 "promise made with it would be worth nothing; give calibration.split another, or "
                 "calibration.dataset other videos"
             )
-        return dataset, split
+        if dataset == self.data.dataset:
+            return self.data, split
+        others = dataclasses.replace(
+            self.data,
+            dataset=dataset,
+            manual_dir=self.calibration.manual_dir,
+            allow_missing=False,
+            folds="",
+            num_annotators=0,
+        )
+        return others, split
 
     def _check_exits(self) -> None:
         low, high = CONFIDENCES.get(self.eval.exit_confidence, (0.0, 1.0))
@@ -360,6 +371,12 @@ class Config:
                 raise UserError(f"calibration.confidences: {name!r}; {closest(name, CONFIDENCES)}")
         if not self.calibration.confidences:
             raise UserError(f"calibration.confidences is empty; name some of {list(CONFIDENCES)}")
+        for metric, most in (("f1", 1.0), ("tau", 2.0)):
+            if (getattr(self.calibration, metric) or 0.0) >= most:
+                raise UserError(
+                    f"calibration.{metric}={getattr(self.calibration, metric)} must be below "
+                    f"{most:g}, the most that can be lost"
+                )
         if self.calibration.f1 is None and self.calibration.tau is None:
             raise UserError(
                 "calibration.f1 and calibration.tau are both None, so nothing would be promised; "

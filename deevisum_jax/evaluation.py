@@ -206,6 +206,21 @@ def early_exit_cost(
     }
 
 
+def calibration_promise(config: Config) -> calibration.Promise:
+    """What a config allows early exit to cost.
+
+    Raises:
+      UserError: as `Promise`.
+    """
+    settings = config.calibration
+    asked = {metric: getattr(settings, metric) for metric in calibration.METRICS}
+    return calibration.Promise(
+        epsilons={metric: most for metric, most in asked.items() if most is not None},
+        delta=settings.delta,
+        bound=settings.bound,
+    )
+
+
 def calibrate(
     truths: Sequence[VideoGroundTruth],
     prediction: Prediction,
@@ -230,20 +245,21 @@ def calibrate(
         result = protocols.evaluate_video(truths[video], bounds, importance, protocol)
         return {metric: getattr(result, metric) for metric in calibration.METRICS}
 
-    asked = {metric: getattr(settings, metric) for metric in calibration.METRICS}
-    return calibration.calibrate(
+    data, split = config.calibrated_on
+    found = calibration.calibrate(
         prediction.scores,
         measure,
         exit_layers=model.exit_layers,
         flops=exit_flops(model, config.data),
-        promise=calibration.Promise(
-            epsilons={metric: most for metric, most in asked.items() if most is not None},
-            delta=settings.delta,
-            bound=settings.bound,
-        ),
+        promise=calibration_promise(config),
         confidences=settings.confidences,
         search_share=settings.search_share,
         seed=config.seed,
+    )
+    return dataclasses.replace(
+        found,
+        videos=f"{data.dataset}, split {split}",
+        protocol=dataclasses.asdict(protocol),
     )
 
 
@@ -274,7 +290,8 @@ def report_json(found: Evaluation, *, steps: int) -> dict[str, Any]:
         "f1_early_exit": early.f1,
         "tau_early_exit": early.tau,
         **found.cost,
-        # Here all exits are read off one full pass; calibrating has run the model in stages.
+        # Here all exits are read off one full pass. Calibrating has run the model in stages, on its
+        # own videos: what it saved there of FLOPs is in its curve.
         "wall_saved": found.calibration and found.calibration.time_saved,
         "calibration": found.calibration and found.calibration.to_json(),
         "steps": steps,

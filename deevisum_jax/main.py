@@ -13,7 +13,7 @@ import functools
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import absl.logging
@@ -44,7 +44,7 @@ from deevisum_jax.data import pipeline
 from deevisum_jax.distill import cache, objective, teachers
 from deevisum_jax.errors import PreemptedError, UserError, exits_cleanly
 from deevisum_jax.files import locate, write_whole
-from deevisum_jax.inference import scoring, speed, staged
+from deevisum_jax.inference import calibration, scoring, speed, staged
 from deevisum_jax.models import paligemma2
 from deevisum_jax.summary import predictions, protocols, report
 from deevisum_jax.summary.protocols import VideoGroundTruth
@@ -481,11 +481,11 @@ class Run:
 
     def _evaluate(self) -> None:
         config = self.config
-        step, params, _ = self._best()
+        policy, found_before = runs.exit_policy(self.workdir, config)
+        step, params = self._best()
         # ---- Predictions: with everything, and with one input left out ----
         test = self._test
         full = self._predict(params, test)
-        policy, calibration = runs.exit_policy(self.workdir, config)
         models = evaluation.evaluate_exits(test.truths, full, config, self.model_config, policy)
         left_out = {}
         for name in INPUTS if config.eval.ablate_inputs else ():
@@ -510,7 +510,7 @@ class Run:
             baselines=baselines,
             left_out=left_out,
             cost=evaluation.early_exit_cost(full, config, self.model_config, policy),
-            calibration=calibration,
+            calibration=found_before,
             notes=protocols.notes_on(test.truths, self.protocol),
         )
         scores = evaluation.of_videos(test.truths, full, evaluation.deepest)
@@ -524,34 +524,73 @@ class Run:
           UserError: as `calibration.calibrate`.
         """
         with self.notice.deferred():
-            _, params, weights = self._best()
-            settings = self.config.calibration
+            config, settings = self.config, self.config.calibration
             split = self._calibration_split()
+            # ---- Mistakes that need no scores ----
+            promise = evaluation.calibration_promise(config)
+            calibration.check_videos(len(split.truths), promise, settings.search_share)
+            for truth in split.truths:
+                truth.check()
+            # ---- Scores, and by one process for all what follows of them ----
+            _, params = self._best()
+            with checkpoints.Checkpoints(self._checkpoint_folder) as saved:
+                weights = saved.fingerprint(saved.best_step)
             scored = self._predict(params, split)
-            found = evaluation.calibrate(split.truths, scored, self.config, self.model_config)
+            choose = lambda: evaluation.calibrate(
+                split.truths, scored, config, self.model_config
+            ).to_json()
+            found = calibration.Calibration.from_json(distributed.on_main(choose))
             # ---- Time: of every point, on the same segments, in turn ----
-            scorer = staged.StagedScorer(self.model_config, _of_model(self.shardings), self.mesh)
-            count = -(-settings.timed_segments // self.config.eval.batch_size)
+            count = -(-settings.timed_segments // config.eval.batch_size)
             batches = list(itertools.islice(self._from(split.source), count))
-            policies = [point.policy for point in found.curve]
-            timed = speed.of_policies(scorer, params, batches, policies, rounds=settings.rounds)
+            score_fn = functools.partial(self.score_fn, params)
+            scorer = staged.StagedScorer(self.model_config, _of_model(self.shardings), self.mesh)
+            timed = speed.of_policies(
+                lambda: scoring.score_videos(score_fn, self._until_told(batches), self.mesh),
+                functools.partial(scorer.score_videos, params, batches),
+                [point.policy for point in found.curve],
+                rounds=settings.rounds,
+            )
             found = dataclasses.replace(found, speed=timed)
             keep = functools.partial(runs.keep_calibration, self.workdir, found, weights)
             distributed.on_main(keep)
 
     def _calibration_split(self) -> Split:
-        name, split = self.config.calibrated_on
-        if name == self.config.data.dataset:
-            return self._split(split)
-        data = dataclasses.replace(self.config.data, dataset=name, folds="")
-        return self._split(split, datasets.Dataset(data))
+        """The videos that early exit is calibrated on.
 
-    def _best(self) -> tuple[int, optim.Params, str]:
-        """The best checkpoint: its step, its parameters, and what tells them from others."""
+        Raises:
+          UserError: there is no such split, or the model was trained or is tested on one of them.
+        """
+        data, name = self.config.calibrated_on
+        if data == self.config.data:
+            return self._split(name)
+        dataset = datasets.Dataset(data)
+        if name not in dataset.split_names:
+            raise UserError(
+                f"{data.dataset} has no split {name!r}; give calibration.split one of "
+                f"{sorted(dataset.split_names)}"
+            )
+        split = self._split(name, dataset)
+        family = lambda dataset: dataset.partition("/")[0]
+        if family(data.dataset) == family(self.config.data.dataset) != "synthetic":
+            used = {
+                record["video_id"]
+                for of_run in ("train", self.config.eval.test_split)
+                for record in self.dataset.split(of_run)
+            }
+            if both := sorted(used & {truth.video_id for truth in split.truths}):
+                raise UserError(
+                    f"{len(both)} of the videos of {data.dataset}, such as {both[0]}, are among "
+                    "those that the model is trained or tested on, so a promise made with them "
+                    "would be worth nothing; give calibration.dataset or split others"
+                )
+        return split
+
+    def _best(self) -> tuple[int, optim.Params]:
+        """Step and parameters of the best checkpoint."""
         with checkpoints.Checkpoints(self._checkpoint_folder) as saved:
             step = saved.best_step
-            params = saved.restore_params(step, _of_model(self.abstract))
-            return step, params, saved.fingerprint(step)
+            return step, saved.restore_params(step, _of_model(self.abstract))
 
     def _report(
         self,
@@ -603,10 +642,13 @@ class Run:
 
     def _split(self, name: str, dataset: datasets.Dataset | None = None) -> Split:
         """Of the run's data set, or of another."""
-        records = (dataset or self.dataset).split(name)
+        records, config = (dataset or self.dataset).split(name), self.config
+        if dataset is not None:  # all of its annotators are asked
+            data = dataclasses.replace(config.data, num_annotators=0)
+            config = dataclasses.replace(config, data=data)
         return Split(
             truths=evaluation.ground_truths(records, self.protocol),
-            source=experiment.make_source(self.config, records, self.make_encoder()),
+            source=experiment.make_source(config, records, self.make_encoder()),
         )
 
     def _predict(self, params: optim.Params, split: Split) -> evaluation.Prediction:
@@ -618,7 +660,7 @@ class Run:
         )
 
     def _until_told(
-        self, batches: Iterator[dict[str, np.ndarray]]
+        self, batches: Iterable[dict[str, np.ndarray]]
     ) -> Iterator[dict[str, np.ndarray]]:
         for batch in batches:
             if self.notice.reached():

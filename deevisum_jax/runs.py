@@ -154,6 +154,8 @@ def _create(workdir: epath.Path) -> None:
 def _claim(workdir: epath.Path, config: Config) -> None:
     stored = workdir / CONFIG_FILE
     with _writing(workdir):
+        if not has_checkpoint(workdir):
+            (workdir / CALIBRATION_FILE).unlink(missing_ok=True)  # of weights that are gone
         if exists(stored):
             if has_checkpoint(workdir):
                 _check_same(workdir, config)
@@ -299,7 +301,9 @@ def load_calibration(run: epath.Path) -> Calibration | None:
     if not exists(path):
         return None
     advice = "calibrate again (python -m deevisum_jax.main ... --mode calibrate), or delete it"
-    found = dict(files.read_json(path, advice))
+    found = files.read_json(path, advice)
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is no calibration; {advice}")
     with checkpoints.Checkpoints(run / CHECKPOINT_FOLDER) as saved:
         weights = saved.fingerprint(saved.best_step)
     if found.pop("weights", None) != weights:
@@ -309,7 +313,7 @@ def load_calibration(run: epath.Path) -> Calibration | None:
         )
     try:
         return Calibration.from_json(found)
-    except (KeyError, TypeError, ValueError) as error:  # a UserError is one
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # a UserError is one
         raise UserError(f"{path} is no calibration of this version ({error}); {advice}") from None
 
 

@@ -111,7 +111,9 @@ def _summarize_one(args: argparse.Namespace) -> int:
         with media.open_media(path) as container:
             media.video_stream(container, path)
         _say(f"loading {args.checkpoint}")
-        policy = exit_policy(args.exit_threshold, args.checkpoint, _run_config(args.checkpoint))
+        policy = policy_asked_for(
+            args.exit_threshold, args.checkpoint, _run_config(args.checkpoint)
+        )
         student = Student(args.checkpoint)
         _say(f"decoding {args.video}")
         film = read_film(
@@ -144,7 +146,7 @@ def _say(what: str) -> None:
         print(f"{what} …", file=sys.stderr)
 
 
-def exit_policy(
+def policy_asked_for(
     asked: str | tuple[float, ...] | None, run: epath.Path, config: Config
 ) -> ExitPolicy:
     """When segments leave.
@@ -228,8 +230,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=_threshold,
         metavar="auto|off|P",
         help="judge each segment at the first of the model's exits that is this sure of it, such "
-        "as 0.9, or 0.99,0.8 for one after the other; off: always at the last; auto: as main "
-        "--mode calibrate has chosen (default: auto if it has, else the run's eval.exit_threshold)",
+        "as 0.9, or 0.99,off,0.8 for one after the other, by the run's eval.exit_confidence; off: "
+        "always at the last; auto: as main --mode calibrate has chosen (default: auto if it has, "
+        "else the run's eval.exit_threshold)",
     )
     distributed.add_flags(parser)
     args = parser.parse_args(argv)
@@ -252,14 +255,14 @@ def _threshold(text: str) -> str | tuple[float, ...]:
     if text in (_AUTO, _OFF):
         return text
     try:
-        values = tuple(float(part) for part in text.split(","))
+        values = tuple(None if part == _OFF else float(part) for part in text.split(","))
     except ValueError:
         values = (math.nan,)
-    if not all(0 <= value <= 1 for value in values):
+    if not all(value is None or 0 <= value <= 1 for value in values):
         raise argparse.ArgumentTypeError(
             f"{text!r} is neither auto nor off, nor a number from 0 to 1, nor several with commas"
         )
-    return values
+    return tuple(math.inf if value is None else value for value in values)
 
 
 class Student:
@@ -349,7 +352,7 @@ class Student:
             batches = _packed(begun(), maker, -(-rows // self.mesh.size) * self.mesh.size)
             stream = self.scorer.stream(self.params, batches, policy)
             while True:
-                with jax.set_mesh(self.mesh):  # not around a `yield`, for others' code
+                with jax.set_mesh(self.mesh):  # not around a `yield`
                     exited = next(stream, None)
                 if exited is None:
                     break
@@ -717,9 +720,11 @@ def _begin(args: argparse.Namespace) -> Task:
     Raises:
       UserError: something is.
     """
+    # Which of them opens a checkpoint depends on it, and processes do so together.
+    distributed.check_same("--exit_threshold", json.dumps(args.exit_threshold))
     items = corpus.read_manifest(files.locate(args.manifest))
     config, judge = _run_config(args.checkpoint), _identity(args.checkpoint)
-    policy = exit_policy(args.exit_threshold, args.checkpoint, config)
+    policy = policy_asked_for(args.exit_threshold, args.checkpoint, config)
     settings = judge | {"budget": args.budget, "exit_policy": policy.to_json()}
     rows = hashlib.sha256(repr(items).encode("utf-8", "surrogateescape")).hexdigest()
     distributed.check_same(

@@ -16,7 +16,7 @@ import sys
 import jax
 import numpy as np
 
-from deevisum_jax import datasets, evaluation, experiment, runs
+from deevisum_jax import datasets, evaluation, experiment, runs, sharding
 from deevisum_jax.data import pipeline
 from deevisum_jax.errors import UserError, exits_cleanly
 from deevisum_jax.files import locate
@@ -37,6 +37,8 @@ def main() -> int:
     parser.add_argument("--batch_size", type=int, default=0, help="default: eval.batch_size")
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
+    if args.rounds < 2:
+        parser.error("--rounds must be at least 2")
 
     run = locate(args.workdir)
     calibration = runs.load_calibration(run)
@@ -50,6 +52,7 @@ def main() -> int:
     truths = evaluation.ground_truths(records, evaluation.protocol_of(config.eval))
     source = experiment.make_source(config, records, student.encoder)
     batch_size = args.batch_size or config.eval.batch_size
+    sharding.check_batch("--batch_size", batch_size, student.mesh)
     batches = list(pipeline.in_order(source, batch_size=batch_size))
     policies = [point.policy for point in calibration.curve]
     with jax.set_mesh(student.mesh):

@@ -1,9 +1,9 @@
 """Whether calibration keeps its promise: `python scripts/recalibrate.py --workdir RUN`.
 
-Scores all videos that a run is calibrated on once. Then, time after time with a fresh seed, some of
-them are drawn at random and calibrate early exit from the start, search and test; what the chosen
-policy loses on average over all the others tells whether the promise was kept. That mean has an
-error of its own, which is printed: with it a promise that is just kept may look broken, and the
+Scores all videos that a run's config calibrates on once. Then, time after time with a fresh seed,
+some of them are drawn at random and calibrate early exit from the start, search and test; what the
+chosen policy loses on average over all the others tells whether the promise was kept. That mean has
+an error of its own, which is printed: with it a promise that is just kept may look broken, and the
 other way round.
 """
 
@@ -36,8 +36,8 @@ def main() -> int:
     parser.add_argument("--workdir", required=True, metavar="RUN", help="a trained run")
     parser.add_argument("--times", type=int, default=20)
     parser.add_argument("--videos", type=int, default=400, help="drawn each time")
-    parser.add_argument("--bound", choices=("exact", "normal"), help="default: the run's")
-    parser.add_argument("--f1", type=float, help="the F1 that may be lost; default: the run's")
+    parser.add_argument("--bound", choices=("exact", "normal"), help="default: the config's")
+    parser.add_argument("--f1", type=float, help="the F1 that may be lost; default: the config's")
     parser.add_argument("--tau", type=float, help="likewise")
     args = parser.parse_args()
 
@@ -48,11 +48,15 @@ def main() -> int:
     config = dataclasses.replace(
         config, calibration=dataclasses.replace(config.calibration, **changed)
     )
-    name, split = config.calibrated_on
-    data = dataclasses.replace(config.data, dataset=name)
+    data, split = config.calibrated_on
     records = datasets.Dataset(data).split(split)
+    if not 1 <= args.videos < len(records):
+        parser.error(f"--videos must leave some of the {len(records)} that there are")
+    if args.times < 1:
+        parser.error("--times must be at least 1")
     truths = evaluation.ground_truths(records, evaluation.protocol_of(config.eval))
-    source = experiment.make_source(config, records, student.encoder)
+    of_data = dataclasses.replace(config, data=data)
+    source = experiment.make_source(of_data, records, student.encoder)
     with jax.set_mesh(student.mesh):
         score_fn = scoring.make_score_fn(
             student.model_config, student.param_shardings, student.mesh

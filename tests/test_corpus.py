@@ -629,7 +629,7 @@ def test_every_video_of_a_corpus_has_its_own_scores(run, clips, tmp_path, monkey
     [scorer] = made
     assert [fn._cache_size() for fn in scorer._stages.values()] == [1, 1]
     student = summarize.Student(run)
-    policy = summarize.exit_policy(None, epath.Path(run), student.config)
+    policy = summarize.policy_asked_for(None, epath.Path(run), student.config)
     found = []
     for name in "abcf":
         film = summarize.read_film(clips / f"{name}.mp4", size=28)

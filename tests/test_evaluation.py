@@ -147,7 +147,6 @@ CALIBRATION = Calibration(
     chosen=1,
     speed=Speed(
         machine="2 cores, 5 runs",
-        num_segments=800,
         seconds=2.0,
         saved=(Saved(median=0.0, low=-0.01, high=0.01), Saved(median=0.45, low=0.44, high=0.47)),
     ),
@@ -186,6 +185,7 @@ def test_calibrating_reads_f1_and_tau_of_the_protocol(tiny_config):
     many = evaluation.Prediction(bounds=[BOUNDS] * 40, scores=scores)
     config = tiny_config(
         "eval.budget=0.25",
+        "calibration.dataset=many",
         "calibration.f1=0.6",
         "calibration.tau=None",
         "calibration.confidences=('max_probability',)",
@@ -193,6 +193,9 @@ def test_calibrating_reads_f1_and_tau_of_the_protocol(tiny_config):
     found = evaluation.calibrate(TRUTHS * 20, many, config, MODEL)
     assert found.curve[0].metrics["f1"] == pytest.approx(1.0)
     assert found.promise == Promise(epsilons={"f1": 0.6}, delta=0.1, bound="exact")
+    assert found.videos == "many, split validation"
+    assert found.protocol["budget"] == 0.25
+    assert "(many, split validation)" in found.text
     # Those that are sure lose all of F1 and 2 of tau.
     sure = found.curve[1]
     assert sure.losses["tau"] == pytest.approx(2 * sure.exit_rate[0])

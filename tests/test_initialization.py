@@ -309,7 +309,8 @@ def test_an_export_of_ours_gives_its_exits_to_the_same_layers_only(
     write_safetensors_file(tmp_path / "hf" / "deevisum_heads.safetensors", heads)
     file = tmp_path / "hf" / "config.json"
     content = json.loads(file.read_text())
-    content["deevisum"] = {"format": 1, "exit_layers": [2, 4]}
+    policy = {"confidence": "max_probability", "thresholds": [0.9]}
+    content["deevisum"] = {"format": 2, "exit_layers": [2, 4], "exit_policy": policy}
     file.write_text(json.dumps(content))
     given = start_config(folder)
     check(given, config.llm.vocab_size)

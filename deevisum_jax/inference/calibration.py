@@ -48,6 +48,7 @@ BOUNDS = ("exact", "normal")
 
 # How much of its wealth a bet may risk: less than all, so that no single video ends the game.
 _MAX_BET = 0.95
+_MIN_NORMAL = 100  # test videos, below which a mean of skewed losses is not near enough to normal
 _MIN_SEARCH = 2  # videos; of one there is no spread
 _MAX_EVALUATIONS = 60_000  # of one video under one policy in the search; about 1 ms each
 _POLICIES = (16, 256)  # per confidence, the fewest and the most that the search tries
@@ -158,6 +159,8 @@ class Calibration:
     # Where nothing that saves was shown: how many test videos would probably show something, by the
     # losses on this test part, and the row that takes the fewest. None = no number is likely to.
     videos_needed: tuple[int, int] | None = None
+    videos: str = ""  # where they are from
+    protocol: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of the metrics
     speed: Speed | None = None  # of every point, once it was measured
 
     @property
@@ -169,6 +172,10 @@ class Calibration:
     def time_saved(self) -> float | None:
         """Share of the time that the chosen policy saves; None where it was not measured."""
         return None if self.speed is None else self.speed.saved[self.chosen].median
+
+    @property
+    def _of_videos(self) -> str:
+        return f" ({self.videos})" if self.videos else ""
 
     @property
     def text(self) -> str:
@@ -183,12 +190,13 @@ class Calibration:
         if self.chosen:
             return (
                 f"Early exit loses {self.promise.text} on average, with {sure}, for videos drawn "
-                f"like the {self.num_test} it was tested on; there it saved "
+                f"like the {self.num_test} it was tested on{self._of_videos}; there it saved "
                 f"{100 * self.curve[self.chosen].flops_saved:.0f} % of the FLOPs. {kind}"
             )
         text = (
-            f"Early exit is off: {self.num_test} test videos did not show of any policy that saves "
-            f"time that it loses {self.promise.text} on average, with {sure}. {kind}"
+            f"Early exit is off: {self.num_test} test videos{self._of_videos} did not show of any "
+            f"policy that saves time that it loses {self.promise.text} on average, with {sure}. "
+            f"{kind}"
         )
         if len(self.curve) == 1:
             return f"{text} With the confidences that were searched no policy lets a segment leave."
@@ -210,6 +218,8 @@ class Calibration:
             "curve": [point.to_json() for point in self.curve],
             "chosen": self.chosen,
             "videos_needed": None if self.videos_needed is None else list(self.videos_needed),
+            "videos": self.videos,
+            "protocol": dict(self.protocol),
             "speed": None if self.speed is None else dataclasses.asdict(self.speed),
             "text": self.text,
         }
@@ -223,6 +233,8 @@ class Calibration:
           KeyError: a field is missing.
         """
         needed, speed = found["videos_needed"], found["speed"]
+        if not 0 <= found["chosen"] < len(found["curve"]):
+            raise UserError(f"row {found['chosen']} is chosen of {len(found['curve'])}")
         return cls(
             promise=Promise.from_json(found["promise"]),
             num_search=found["num_search"],
@@ -230,6 +242,8 @@ class Calibration:
             curve=tuple(Point.from_json(point) for point in found["curve"]),
             chosen=found["chosen"],
             videos_needed=None if needed is None else tuple(needed),
+            videos=found["videos"],
+            protocol=found["protocol"],
             speed=None if speed is None else Speed.from_json(speed),
         )
 
@@ -298,12 +312,35 @@ def least_videos(promise: Promise) -> int:
     1 + 0.95 * 0.1 / 0.9 = 1.1056, and ln(10) / ln(1.1056) = 22.9: with delta = 0.1 it takes 23.
     """
     if promise.bound == "normal":
-        return 2
+        return _MIN_NORMAL
     wins = (
         math.log1p(_MAX_BET * epsilon / (METRICS[metric] - epsilon))
         for metric, epsilon in promise.epsilons.items()
     )
     return math.ceil(math.log(1 / promise.delta) / min(wins))
+
+
+def check_videos(num_videos: int, promise: Promise, search_share: float) -> tuple[int, int]:
+    """How many videos are searched on, and tested on; needs no score.
+
+    Raises:
+      UserError: too few are left for the promise; says how many it takes.
+    """
+    num_search = _num_search(num_videos, search_share)
+    num_test, least = num_videos - num_search, least_videos(promise)
+    if num_test < least:
+        raise UserError(
+            f"{max(num_test, 0)} of {num_videos} calibration videos are left for the test, too "
+            f"few to promise {promise.text} with {100 * (1 - promise.delta):g} % confidence by "
+            f"the {promise.bound} bound: even if nothing were lost it takes {least}, "
+            f"{_total(least, search_share)} in all with a search share of {search_share:g}. Give "
+            "more videos"
+            + (
+                f', allow more loss (a larger epsilon or delta), or take the bound "normal", which '
+                f"takes at least {_MIN_NORMAL}" * (promise.bound == "exact")
+            )
+        )
+    return num_search, num_test
 
 
 def calibrate(
@@ -339,18 +376,7 @@ def calibrate(
     assert len(flops) == X
     assert max_points > 1
     _check(scores, exit_layers, confidences, search_share)
-    num_search = _num_search(len(scores), search_share)
-    num_test = len(scores) - num_search
-    least = least_videos(promise)
-    if num_test < least:
-        raise UserError(
-            f"{max(num_test, 0)} of {len(scores)} calibration videos are left for the test, too "
-            f"few to promise {promise.text} with {100 * (1 - promise.delta):g} % confidence by "
-            f"the {promise.bound} bound: even if nothing were lost it takes {least}, "
-            f"{_total(least, search_share)} in all with a search share of {search_share:g}. Give "
-            "more videos, allow more loss (a larger epsilon or delta)"
-            + (', or take the bound "normal", which needs fewer' * (promise.bound == "exact"))
-        )
+    num_search, num_test = check_videos(len(scores), promise, search_share)
     rng = np.random.default_rng(seed)
     videos = rng.permutation(len(scores))
     saved_at = 1 - np.asarray(flops, np.float64) / flops[-1]
@@ -506,12 +532,15 @@ def _frontier(
     Risk is the loss in units of what may be lost, by the worst metric, plus a standard error: a few
     videos know little of the mean, and of two equal means the one of less spread is shown sooner.
     """
-    epsilons = np.array([promise.epsilons.get(metric, math.inf) for metric in METRICS])
+    asked = [k for k, metric in enumerate(METRICS) if metric in promise.epsilons]
+    epsilons = np.array(
+        [promise.epsilons[metric] for metric in METRICS if metric in promise.epsilons]
+    )
     tried = []
     for policy in _policies(part, confidences, rng):
         losses, exit_rate = part.run(policy)
         error = losses.std(axis=0, ddof=1) / math.sqrt(len(losses))
-        risk = float(np.max((losses.mean(axis=0) + error) / epsilons))
+        risk = float(np.max((losses.mean(axis=0) + error)[asked] / epsilons))
         tried.append((float(exit_rate @ saved_at), risk, policy))
     best: list[tuple[float, ExitPolicy]] = []  # cheapest first
     least = math.inf

@@ -11,11 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from deevisum_jax.inference.exit_policy import ExitPolicy
-from deevisum_jax.inference.staged import StagedScorer
-from deevisum_jax.models.paligemma2 import Params
 
 # Wall time is what a user waits for; the time of the process's threads is disturbed less.
 CLOCKS: Mapping[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -35,7 +32,6 @@ class Speed:
     """What policies save on one machine, pictures encoded and all, nothing decoded."""
 
     machine: str  # and how often, in words
-    num_segments: int
     seconds: float  # median, of the full model
     saved: tuple[Saved, ...]  # by policy
 
@@ -46,31 +42,26 @@ class Speed:
 
 
 def of_policies(
-    scorer: StagedScorer,
-    params: Params,
-    batches: Sequence[Mapping[str, np.ndarray]],
+    plain: Callable[[], object],
+    under: Callable[[ExitPolicy], object],
     policies: Sequence[ExitPolicy],
     *,
     rounds: int,
 ) -> Speed:
-    """Times every policy against the full model, on the same batches in turn.
+    """Times every policy against the full model, in turn.
 
     Args:
-      scorer: on the current mesh.
-      params: of its model.
-      batches: host batches, made before.
+      plain: scores all segments with the full model, in one compiled function.
+      under: scores the same segments under a policy.
       policies: to be timed.
       rounds: how often, at least 2.
     """
-    run = functools.partial(scorer.score_videos, params, batches)
-    off = ExitPolicy.off(len(policies[0].thresholds) + 1)
-    ways = {str(row): functools.partial(run, policy) for row, policy in enumerate(policies)}
-    seconds, saved = time_saved(functools.partial(run, off), ways, rounds=rounds)
+    ways = {str(row): functools.partial(under, policy) for row, policy in enumerate(policies)}
+    seconds, saved = time_saved(plain, ways, rounds=rounds)
     devices = jax.devices()
     return Speed(
         machine=f"{len(devices)} x {devices[0].device_kind} ({os.cpu_count()} CPU cores), medians "
         f"and quartiles of {rounds} interleaved runs",
-        num_segments=sum(int(np.sum(batch["valid"])) for batch in batches),
         seconds=seconds["wall"],
         saved=tuple(saved["wall"][name] for name in ways),
     )

@@ -161,13 +161,15 @@ class _Stream:
         self._stages = [scorer.stage(*ends) for ends in zip(firsts, self._exits, strict=True)]
         # In front of each stage: rows of one batch, fewer than a batch of every device.
         self._pools: list[tuple[_Rows, Embedded] | None] = [None] * len(self._stages)
-        # Asked of the device and not read yet: stage, rows, numbers, what goes on.
-        self._asked: collections.deque[tuple[int, _Rows, Array, Embedded | None]]
+        # Asked of the device and not read yet: stage, rows (of a new batch whose they are, of all
+        # processes), numbers, what goes on.
+        self._asked: collections.deque[tuple[int, Any, Array, Embedded | None]]
         self._asked = collections.deque()
 
     def over(self, batches: Iterable[Mapping[str, np.ndarray]]) -> Iterator[Exited]:
         for fields in batches:
-            self._ask(0, self._begin(fields), place_batch(fields, self._scorer.mesh))
+            batch = place_batch(fields, self._scorer.mesh)
+            self._ask(0, (batch.video_id, batch.segment, batch.valid), batch)
             while len(self._asked) > _AHEAD:
                 yield self._read()
         for s in range(len(self._stages)):
@@ -177,14 +179,9 @@ class _Stream:
             while self._asked:
                 yield self._read()
 
-    def _begin(self, fields: Mapping[str, np.ndarray]) -> _Rows:
-        """The rows of a new batch that are no filling, of all processes."""
-        mesh = self._scorer.mesh
-        whose = np.stack([fields[name] for name in ("video_id", "segment", "valid")], axis=1)
-        if mesh.is_multi_process:
-            where = batch_sharding(mesh)
-            whose = on_host(jax.make_array_from_process_local_data(where, whose), mesh)
-        parts = np.split(whose, self._num_parts)
+    def _begin(self, video_id: np.ndarray, segment: np.ndarray, valid: np.ndarray) -> _Rows:
+        """The rows of a new batch that are no filling."""
+        parts = np.split(np.stack([video_id, segment, valid], axis=1), self._num_parts)
         places = [np.flatnonzero(part[:, 2]) for part in parts]
         return _Rows(
             places=places,
@@ -192,13 +189,15 @@ class _Stream:
             said=[np.zeros((3, len(rows)), np.float32) for rows in places],
         )
 
-    def _ask(self, s: int, rows: _Rows, batch: Batch | Embedded) -> None:
+    def _ask(self, s: int, rows: Any, batch: Batch | Embedded) -> None:
         self._asked.append((s, rows, *self._stages[s](self._params, batch)))
 
     def _read(self) -> Exited:
         """Reads what the device was asked first, and lets the survivors go on."""
         s, rows, told, batch = self._asked.popleft()
-        exit_, told = self._exits[s], on_host(told, self._scorer.mesh)  # [3, n, B]
+        whose = None if isinstance(rows, _Rows) else rows
+        told, whose = on_host((told, whose), self._scorer.mesh)  # [3, n, B]
+        exit_, rows = self._exits[s], rows if whose is None else self._begin(*whose)
         leaving, staying = [], _Rows([], [], [])
         parts = np.split(told, self._num_parts, axis=2)
         for places, keys, said, part in zip(rows.places, rows.keys, rows.said, parts, strict=True):

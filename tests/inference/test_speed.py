@@ -3,7 +3,6 @@
 import dataclasses
 import json
 
-import numpy as np
 import pytest
 
 from deevisum_jax.inference import speed
@@ -71,36 +70,22 @@ def test_a_way_that_takes_longer_saves_less_than_nothing(machine):
     assert saved["wall"]["x"].median == -2
 
 
-class Scorer:
-    """Takes 8 seconds with exits off, and the first threshold's share of them otherwise."""
+def test_policies_are_timed_against_the_full_model_in_turn(machine):
+    policies = [ExitPolicy.of(t, 3, "cosine") for t in (0.25, 0.75)]
 
-    def __init__(self, machine):
-        self.machine, self.asked = machine, set()
+    def under(policy):
+        machine.run(policy, 8 * policy.thresholds[0], 1)
 
-    def score_videos(self, params, batches, policy):
-        self.asked.add((params, tuple(map(id, batches))))
-        wall = 8 if policy.is_off else 8 * policy.thresholds[0]
-        self.machine.run(policy, wall, 1)
-
-
-def test_policies_are_timed_against_the_full_model_on_the_same_batches(machine):
-    batches = [{"valid": np.array(valid, bool)} for valid in ([1, 1, 1, 1], [1, 0, 0, 0])]
-    policies = [ExitPolicy.of(t, 3, "cosine") for t in (0.25, 0.75)] + [ExitPolicy.off(3)]
-    scorer = Scorer(machine)
-    found = speed.of_policies(scorer, "params", batches, policies, rounds=2)
-    assert found.saved == tuple(Saved(median=s, low=s, high=s) for s in (0.75, 0.25, 0))
-    assert found.num_segments == 5
+    found = speed.of_policies(lambda: machine.run("full", 8, 1), under, policies, rounds=2)
+    assert found.saved == tuple(Saved(median=s, low=s, high=s) for s in (0.75, 0.25))
     assert found.seconds == 8
     assert found.machine.endswith("medians and quartiles of 2 interleaved runs")
-    assert scorer.asked == {("params", tuple(map(id, batches)))}
-    assert machine.ran[0].is_off
-    assert machine.ran[1:3] == policies[:2]
+    assert machine.ran[:3] == ["full", *policies]
 
 
 def test_a_speed_comes_back_from_a_file():
     found = Speed(
         machine="1 x cpu",
-        num_segments=5,
         seconds=0.5,
         saved=(Saved(median=0.5, low=0.25, high=0.75), Saved(median=0.0, low=0.0, high=0.0)),
     )
