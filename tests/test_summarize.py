@@ -27,6 +27,7 @@ from deevisum_jax.corpus import VideoError
 from deevisum_jax.data import tokenizer
 from deevisum_jax.data.segments import Video, segment_bounds
 from deevisum_jax.data.video import decode_video
+from deevisum_jax.errors import UserError
 from deevisum_jax.inference import staged
 from deevisum_jax.inference.calibration import Calibration, Point, Promise
 from deevisum_jax.inference.exit_policy import ExitPolicy
@@ -788,3 +789,17 @@ def test_a_real_film(run, shared_data, tmp_path):
     check_summary(summary, tmp_path / "out" / "summary.mp4", native_times)
     assert 0.9 * 0.15 < summary["selected_s"] / summary["duration_s"] <= 0.15
     assert summary["notes"] == []
+
+
+@pytest.mark.parametrize(
+    ("lost", "named"), [("exits", "exits/classifier/kernel"), ("prototype", "exits/prototype")]
+)
+def test_a_checkpoint_without_exit_heads_or_prototypes_is_refused_by_name(tmp_path, lost, named):
+    folder = untrained.make_run(tmp_path / "run")
+    params = jax.device_get(summarize.Student(epath.Path(folder)).params)
+    (params if lost == "exits" else params["exits"]).pop(lost)
+    shutil.rmtree(folder / "checkpoints")
+    untrained.save_params(folder, runs.load_config(epath.Path(folder)), params)
+    with pytest.raises(UserError, match="another architecture") as refused:
+        summarize.Student(epath.Path(folder))
+    assert f"{named}: absent in the checkpoint" in str(refused.value)
