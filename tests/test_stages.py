@@ -122,6 +122,7 @@ def test_the_total_is_what_the_paper_adds_up(finished):
     depth = {2: 1 / 3, 4: 2 / 3}
     expected = first["loss/token"]
     for layer, weight in depth.items():
+        expected += weight * first[f"loss/prototype/exit_{layer}"]  # ours, beside the paper's
         for kind in ("class", "score"):
             expected += weight * first[f"loss/{kind}/exit_{layer}"]
             for teacher, of in {"mentor": 0.5, "teacher": 0.25}.items():
