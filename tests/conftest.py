@@ -19,6 +19,7 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 import pytest
+from jax._src import compilation_cache as _compilation_cache
 from jax.experimental.compilation_cache import compilation_cache
 
 from deevisum_jax import config as config_lib
@@ -82,10 +83,29 @@ def other_run(tmp_path, tiny_config) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def compile_once(tmp_path_factory):
-    """Runs of one program in one session compile it once."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    compilation_cache.reset_cache()
-    yield
+    """Runs of one program in one session compile it once.
+
+    Programs stay as they are in memory. jax's cache writes them down, and what XLA reads back has
+    lost the order of its collectives on CPUs (each gets a `Resource` of its own, where one is to
+    be shared): simulated devices then wait for each other for ever, now and then.
+    """
+    compiled = {}
+
+    def get(key, compile_options, backend, devices):
+        executable, seconds = compiled.get(key, (None, None))
+        assert executable is None or set(executable.local_devices()) == set(devices)
+        return executable, seconds
+
+    def put(key, module_name, executable, backend, seconds):
+        compiled[key] = executable, seconds
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_compilation_cache, "get_executable_and_time", get)
+        patch.setattr(_compilation_cache, "put_executable_and_time", put)
+        # Where nothing is written now; jax does not ask without.
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        compilation_cache.reset_cache()
+        yield
     jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.reset_cache()
