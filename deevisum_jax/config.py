@@ -38,7 +38,8 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
         "data.num_frames", "data.segment_s", "data.cache_mib", "data.num_threads",
         "model.image_size", "optim.learning_rate", "optim.clip_norm", "optim.accumulate_steps",
         "checkpoint.every_steps", "checkpoint.keep", "eval.every_steps", "eval.batch_size",
-        "model.lora.alpha", "model.lora.tile", "distill.temperature", "distill.top_k",
+        "model.lora.alpha", "model.lora.tile", "model.merge.temperature", "distill.temperature",
+        "distill.top_k",
         "calibration.f1", "calibration.tau", "calibration.timed_segments",
     )),
     ("at least 2", lambda value: value >= 2, ("calibration.rounds",)),
@@ -47,15 +48,17 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     )),
     ("at least 0", lambda value: value >= 0, (
         "data.fold", "data.num_annotators", "data.caption_len", "data.transcript_context_s",
-        "model.final_logits_softcap",
-        "model.sliding_window", "model.lora.rank", "loss.token", "loss.class_", "loss.score",
-        "loss.prototype",
-        "optim.weight_decay", "distill.phi", "distill.psi", "distill.class_", "distill.score",
-        "distill.token", "distill.hidden", "distill.exits",
+        "model.final_logits_softcap", "model.sliding_window", "model.lora.rank",
+        "model.merge.num_keyframes", "model.merge.redundancy_weight", "loss.token", "loss.class_",
+        "loss.score", "loss.prototype", "optim.weight_decay", "distill.phi", "distill.psi",
+        "distill.class_", "distill.score", "distill.token", "distill.hidden", "distill.exits",
     )),
     ("above 0 and at most 1", lambda value: 0 < value <= 1, ("data.label_fraction", "eval.budget")),
     ("at least 0 and at most 1", lambda value: 0 <= value <= 1, ("optim.end_fraction",)),
     ("at least 0 and below 1", lambda value: 0 <= value < 1, ("optim.b1", "optim.b2")),
+    ("at least -1 and at most 1, as a cosine is", lambda value: -1 <= value <= 1, (
+        "model.merge.tau", "model.merge.floor",
+    )),
     ("at least 0 and below 2**32", lambda value: 0 <= value < 2**32, ("seed", "data.folds_seed")),
 )  # fmt: skip
 
@@ -68,6 +71,8 @@ _CHOICES = {
     "distill.source": ("cache", "online"),
     "eval.exit_confidence": tuple(CONFIDENCES),
     "calibration.bound": ("exact", "normal"),
+    "model.merge.reject": (">", ">="),
+    "model.merge.reference": ("fixed", "released"),
 }
 
 _LORA_TOWERS = ("llm", "img")
@@ -126,6 +131,28 @@ class LoraConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    """Which of a segment's pictures keep all their tokens; each of the others becomes one token.
+
+    ViLaMP's two steps (Cheng et al. 2025), see `deevisum_jax.keyframes`. How relevant a picture is,
+    is its cosine to the mean picture of the segment.
+    """
+
+    num_keyframes: int = 0  # K of data.num_frames that keep their tokens; 0 = all, none is merged
+    tau: float = 0.85  # cosine of two pictures' mean patches, beyond which one repeats the other
+    reject: str = ">"  # ">": above tau, as released; ">=": from tau on, as the paper
+    floor: float | None = None  # least cosine of a keyframe to the mean picture; None = any
+    # Four learned linear maps and a learned temperature compare the patches, as released; without,
+    # patches are compared as they are, as in the paper.
+    projections: bool = False
+    # Which keyframe a patch is compared with: fixed, the nearest before it; released, the picture
+    # that the released code takes in its place.
+    reference: str = "fixed"
+    redundancy_weight: float = 1.0  # lambda, of the likeness to that keyframe's patch
+    temperature: float = 0.01  # alpha, of a picture's patches; a learned one starts with it
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Which PaliGemma 2, with which exits."""
 
@@ -142,6 +169,7 @@ class ModelConfig:
     final_logits_softcap: float | None = None  # 0 = none, as big_vision; 30 = as Hugging Face
     sliding_window: int | None = None  # tokens, of layers 0, 2, 4 ...; 0 = all layers are global
     lora: LoraConfig = LoraConfig()
+    merge: MergeConfig = MergeConfig()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -323,6 +351,7 @@ class Config:
             if values[name] not in choices:
                 raise UserError(f"{name}={values[name]!r}; {closest(values[name], choices)}")
         self._check_lora()
+        self._check_merge()
         self._check_layer_map()
 
     @property
@@ -400,6 +429,19 @@ class Config:
             raise UserError(
                 f"model.lora.base={lora.base!r} stores matrices so that they cannot train, and "
                 "model.lora.rank=0 puts no adapters beside them; set a rank such as 8"
+            )
+
+    def _check_merge(self) -> None:
+        kept, pictures = self.model.merge.num_keyframes, self.data.num_frames
+        if kept > pictures:
+            raise UserError(
+                f"model.merge.num_keyframes={kept} is more than data.num_frames={pictures}, the "
+                "pictures of a segment; give data.num_frames more, or keep fewer"
+            )
+        if self.model.merge.projections and not kept:
+            raise UserError(
+                "model.merge.projections compare patches that are merged, and model.merge."
+                "num_keyframes=0 merges none; set num_keyframes, below data.num_frames"
             )
 
     def _check_layer_map(self) -> None:

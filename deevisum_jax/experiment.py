@@ -86,6 +86,7 @@ def model_config(config: Config, tokens: Tokenizer | None = None) -> paligemma2.
         param_dtype=config.model.param_dtype,
         remat_policy=config.model.remat_policy,
         lora=config.model.lora,
+        merge=config.model.merge,
     )
     if made.exit_layers[-1] != made.llm.depth:
         raise UserError(

@@ -68,7 +68,7 @@ class Start(Protocol):
 
         Raises:
           UserError: another variant, other exits, another vocabulary, or adapters over quantised
-            weights that cannot be taken over.
+            weights or projections of merging that cannot be taken over.
         """
 
     def tokenizer(self) -> Tokenizer | None:
@@ -84,7 +84,8 @@ class Start(Protocol):
         Args:
           config: of the model.
           abstract: shapes, dtypes and shardings.
-          key: what the start does not have, such as exit heads, is drawn from it.
+          key: what the start does not have, such as exit heads and the projections of merged
+            frames, is drawn from it.
 
         Raises:
           UserError: they do not fit the model, or cannot be read.
@@ -186,7 +187,7 @@ def _check_variant(variant: str, config: Config) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class FromRun:
-    """A trained run of ours; its best checkpoint, exit heads included."""
+    """A trained run of ours; its best checkpoint, exit heads and what merging learned included."""
 
     folder: epath.Path
 
@@ -218,6 +219,7 @@ class FromRun:
         self.check_variant(config)
         _check_exits(config, self.config.model.exit_layers)
         self._check_lora(config)
+        self._check_merging(config)
         size = self.settings.image_size
         if config.model.image_size not in (None, size):
             raise UserError(
@@ -232,7 +234,11 @@ class FromRun:
         return tokenizer.load_tokenizer(self.folder / runs.TOKENIZER_FILE)
 
     def load(self, config: PaliGemma2Config, abstract: Params, key: jax.Array) -> Params:
-        """As `Start.load`; nothing but adapters is drawn."""
+        """As `Start.load`; only adapters are drawn, and projections that it merged without."""
+        if config.has_merge_params and not self.config.model.merge.projections:
+            towers = {name: part for name, part in abstract.items() if name != "merge"}
+            params = self.load(paligemma2.without_merging(config), towers, key)
+            return params | _draw(_is_merging, config, abstract, key)
         if lora.meaning(self.config.model.lora) == lora.meaning(config.lora):
             return self._restore(optim.of_model(abstract))
         return _load(self._read_merged, config, abstract, key)
@@ -269,6 +275,14 @@ class FromRun:
                 "base=None"
             )
 
+    def _check_merging(self, config: Config) -> None:
+        if self.config.model.merge.projections and not config.model.merge.projections:
+            raise UserError(
+                f"initialization={config.initialization!r} learned how to merge frames, and "
+                "model.merge.projections=False would drop that; set it True, with model.merge."
+                f"num_keyframes (its own is {self.config.model.merge.num_keyframes})"
+            )
+
     def vocab_padding(self, config: PaliGemma2Config) -> np.ndarray | None:
         """As `Start.vocab_padding`."""
         return read_padding(self.folder)
@@ -276,7 +290,10 @@ class FromRun:
 
 @dataclasses.dataclass(frozen=True)
 class FromReleased:
-    """A released checkpoint; exit heads are drawn, unless it is an export of ours and has them."""
+    """A released checkpoint; exit heads are drawn, unless it is an export of ours and has them.
+
+    What merging learns is always drawn.
+    """
 
     checkpoint: Released
 
@@ -327,7 +344,9 @@ class FromReleased:
 
         def read(config: PaliGemma2Config, abstract: Params, finish: _Finish) -> Params:
             params = self.checkpoint.fill(config, abstract, finish)
-            return params if "exits" in params else params | _draw(_is_exit, config, abstract, key)
+            if "exits" not in params:
+                params |= _draw(_is_exit, config, abstract, key)
+            return params | _draw(_is_merging, config, abstract, key)
 
         return _load(read, config, abstract, key)
 
@@ -338,7 +357,7 @@ class FromReleased:
 
 @dataclasses.dataclass(frozen=True)
 class FromWeights:
-    """Converted weights: a released checkpoint in our own form; exit heads are drawn.
+    """Converted weights: a released checkpoint in our own form; exit heads and merging are drawn.
 
     Of many processes each reads what its devices hold; of a release each reads all.
     """
@@ -440,7 +459,9 @@ class FromWeights:
         def read(config: PaliGemma2Config, abstract: Params, finish: _Finish) -> Params:
             towers = {name: abstract[name] for name in ("img", "llm")}
             params = checkpoints.restore_params(self.folder / PARAMS_FOLDER, towers, finish)
-            return params | _draw(_is_exit, config, abstract, key)
+            for wanted in (_is_exit, _is_merging):
+                params |= _draw(wanted, config, abstract, key)
+            return params
 
         return _load(read, config, abstract, key)
 
@@ -631,6 +652,10 @@ def _draw(
 
 def _is_exit(path: str) -> bool:
     return path.startswith("exits/")
+
+
+def _is_merging(path: str) -> bool:
+    return path.startswith("merge/")
 
 
 def _flat(params: Params) -> dict[str, Any]:

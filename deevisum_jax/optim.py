@@ -17,10 +17,11 @@ Params = dict[str, Any]
 # Among a state's parameters: what distillation trains beside the model, and is no part of it.
 PROJECTIONS = "distill"
 
-# Norms, biases and position embeddings are not decayed, whatever their rank in the stacked layout.
-_NO_DECAY = re.compile(r"(^|/)(scale|bias|pos_embedding)$")
+# Norms, biases, position embeddings and the temperature of merging are not decayed, whatever their
+# rank in the stacked layout.
+_NO_DECAY = re.compile(r"(^|/)(scale|bias|pos_embedding|temperature)$")
 # What trains beside the adapters of a model that has some.
-_HEADS = ("exits/", f"{PROJECTIONS}/")
+_HEADS = ("exits/", "merge/", f"{PROJECTIONS}/")
 
 
 def make_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
@@ -61,8 +62,8 @@ def _decays(params: Params) -> Params:
 def split_frozen(params: Params, patterns: tuple[str, ...]) -> tuple[Params, Params]:
     """Trainable and frozen parts of a tree of parameters, both nested as the tree is.
 
-    Of a model with adapters they train, the exit heads and the projections of distillation; the
-    weights that the adapters are for, and all others, are frozen.
+    Of a model with adapters they train, the exit heads, what merging learns and the projections of
+    distillation; the weights that the adapters are for, and all others, are frozen.
 
     Args:
       params: arrays, abstract ones or shardings; a quantised weight is one of them.

@@ -126,6 +126,9 @@ PARAM_AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
         r"img/Transformer/encoderblock/attn/(query|key|value)/kernel_lora_b",
         ("layers", "rank", "heads", "head_dim"),
     ),
+    # Of merged frames; `whole` gathers them once for all chunks.
+    (r"merge/(query|image_query|key|image_key)/kernel", ("norm", "embed")),
+    (r"merge/((query|image_query|key|image_key)/bias|temperature)", ("norm",)),
     # From a student's hidden states to a teacher's.
     (r"distill/(teacher|mentor)/kernel", ("exits", "norm", "norm")),
     (r"exits/(norm/scale|prototype)", ("exits", "norm")),

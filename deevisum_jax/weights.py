@@ -177,8 +177,10 @@ def export_big_vision(source: Source, out: pathlib.Path, *, dtype: str = "") -> 
       dtype: of the file; "" = as the parameters are.
 
     Raises:
-      UserError: `out` is there or cannot be written; or what reading the parameters raises.
+      UserError: frames are merged, `out` is there or cannot be written; or what reading the
+        parameters raises.
     """
+    _refuse_merging(source)
     if out.suffix != ".npz":
         raise UserError(f"{out} does not end in .npz, by which big_vision knows its checkpoints")
     check_local(out)
@@ -214,10 +216,11 @@ def export_hf(
       title: of the model card; "" = the name of `out`.
 
     Raises:
-      UserError: there is no tokenizer; `out` cannot be written; or what reading the parameters
-        raises.
+      UserError: frames are merged; there is no tokenizer; `out` cannot be written; or what reading
+        the parameters raises.
     """
     config, tokens = source.config, source.tokens
+    _refuse_merging(source)
     if tokens is None:
         raise UserError(
             f"{source.path} brings no tokenizer, without which transformers cannot use it; give "
@@ -282,8 +285,9 @@ def export_adapter(
       The base's path or name, as it is written.
 
     Raises:
-      UserError: the run has no adapters; the base is not known, is another model's, or its window
-        would matter; `out` cannot be written; or what reading the parameters raises.
+      UserError: the run has no adapters or merges frames; the base is not known, is another
+        model's, or its window would matter; `out` cannot be written; or what reading the parameters
+        raises.
     """
     config = source.config
     if source.run is None or config.lora is None:
@@ -291,6 +295,7 @@ def export_adapter(
             f"{source.path} has no adapters: it was not trained with model.lora.rank above 0; "
             "leave --adapter out, which exports the model whole"
         )
+    _refuse_merging(source)
     given, start = _beginning(source)
     base = base or _own_base(source, given, start)
     opened = _open_base(base, source)
@@ -338,6 +343,17 @@ def export_adapter(
             for name, text in texts.items():
                 write_whole(folder / name, text)
     return base
+
+
+def _refuse_merging(source: Source) -> None:
+    if source.config.merge is not None:
+        raise UserError(
+            f"{source.path} merges frames (model.merge.num_keyframes="
+            f"{source.config.merge.num_keyframes}), which big_vision, transformers and the PyTorch "
+            "model of an export cannot do: they would give the language model other tokens than it "
+            "was trained with. Use the run itself with deevisum_jax.summarize, or train one with "
+            "model.merge.num_keyframes=0 and export that"
+        )
 
 
 def _demand_released(source: Source) -> Released:
@@ -505,7 +521,7 @@ def _check_image_size(base: str, pixels: int, wanted: int) -> None:
 def _check_window(base: str, theirs: int | None, source: Source) -> None:
     """Refuses another window of local layers, where a segment is longer than one of the two."""
     ours, data = source.config.llm.sliding_window, source.run.data
-    length = data.num_frames * source.config.img.num_patches + data.text_len + data.caption_len
+    length = source.config.image_tokens(data.num_frames) + data.text_len + data.caption_len
     shortest = min(theirs or length, ours or length)
     if theirs != ours and shortest < length:
         named = lambda window: f"a window of {window}" if window else "no window"

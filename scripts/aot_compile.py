@@ -11,7 +11,7 @@ from deevisum_jax import config as config_lib
 from deevisum_jax.config import Config
 from deevisum_jax.errors import UserError, exits_cleanly
 from deevisum_jax.files import locate, write_whole
-from deevisum_jax.planner import chips, early_exit, environment, plan, report
+from deevisum_jax.planner import chips, early_exit, environment, long_video, plan, report
 from deevisum_jax.planner.plan import Plan
 
 _EXAMPLES = """\
@@ -20,6 +20,8 @@ examples:
   python scripts/aot_compile.py --config configs/paligemma2_3b.py --topology v5e:4x4 --mode score \\
       --config.eval.batch_size=256
   python scripts/aot_compile.py --config configs/tvsum_3b.py --topology v5e:2x2 --mode early_exit
+  python scripts/aot_compile.py --config configs/tvsum_3b.py --topology v5e:1x1 --mode long_video \\
+      --num_frames 10000 --config.eval.batch_size=16 --config.model.param_dtype=bfloat16
   python scripts/aot_compile.py --config configs/paligemma2_3b.py --all --json plans.json \\
       --config.model.variant=paligemma2_10b "--config.model.exit_layers=(12, 21, 30, 42)"
 
@@ -60,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if args.mode == "early_exit":
         _early_exit(config, slices, keep)
+    elif args.mode == "long_video":
+        _long_video(config, slices, args.num_frames, keep)
     elif args.all:
         _table(config, stages, slices, [args.mode] if args.mode else ("full", "score"), keep)
     else:
@@ -96,6 +100,18 @@ def _early_exit(
             print("looking for what fits ...", file=sys.stderr, flush=True)
             advice = plan.advise(config, found.whole)
             print(report.advice_text(found.whole, advice), flush=True)
+
+
+def _long_video(
+    config: Config,
+    slices: Sequence[chips.Topology],
+    num_frames: int,
+    keep: Callable[[Plan], None],
+) -> None:
+    """A page for each slice and each way of merging."""
+    for topology in slices:
+        for found in long_video.plan(config, topology, num_frames, keep):
+            print(report.text(config.model.variant, found), flush=True)
 
 
 def _table(
@@ -152,9 +168,11 @@ def _parse(
         choices=plan.MODES,
         help="full: an update of training at batch_size (default); score: the scoring pass at "
         "eval.batch_size; cache_teacher: what a stage that others learn from does once for every "
-        "batch of that size; early_exit: scoring in stages, one by one; --all has the "
-        "first two unless another is named",
+        "batch of that size; early_exit: scoring in stages, one by one; "
+        "long_video: a video of --num_frames on one chip to keyframes and merged tokens, "
+        "eval.batch_size frames at a time; --all has the first two unless another is named",
     )
+    add("--num_frames", type=int, default=10_000, help="of --mode long_video (default: 10000)")
     add(
         "--all",
         action="store_true",
@@ -173,8 +191,8 @@ def _parse(
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if not args.topology and not args.all:
         parser.error(f"--topology is wanted, or --all; known slices: {', '.join(chips.known())}")
-    if args.all and args.mode == "early_exit":
-        parser.error("--mode early_exit has a table for each slice: name them, without --all")
+    if args.all and args.mode in ("early_exit", "long_video"):
+        parser.error(f"--mode {args.mode} has its own output: name slices, without --all")
     overrides = [flag.removeprefix("--config.") for flag in rest]
     stages = config_lib.described_stages(args.config, overrides)
     return args, config_lib.from_file(args.config, overrides), stages

@@ -6,6 +6,7 @@ import pathlib
 
 import ml_collections
 import pytest
+from etils import epath
 
 from deevisum_jax import config as config_lib
 from deevisum_jax.config import Config, from_config_dict, from_file
@@ -51,6 +52,39 @@ def test_defaults_fill_what_is_left_out():
 @pytest.mark.parametrize("path", sorted(REPO_CONFIGS.glob("*.py")), ids=lambda path: path.name)
 def test_every_config_of_ours_is_whole(path):
     assert from_file(str(path)).initialization
+
+
+def test_a_run_of_before_frames_were_merged_merges_none(tmp_path):
+    file = epath.Path(tmp_path / "config.json")
+    config_lib.save(build(), file)
+    written = json.loads(file.read_text())
+    assert written["model"].pop("merge")["num_keyframes"] == 0
+    file.write_text(json.dumps(written))
+    assert config_lib.load(file) == build()
+
+
+@pytest.mark.parametrize(
+    ("merge", "message"),
+    [
+        ({"num_keyframes": -1}, "merge.num_keyframes=-1 must be at least 0"),
+        (
+            {"num_keyframes": 3},
+            r"num_keyframes=3 is more than data\.num_frames=2.*num_frames more, or keep fewer",
+        ),
+        ({"num_keyframes": 1, "tau": 1.01}, "merge.tau=1.01 must be at least -1 and at most 1"),
+        ({"num_keyframes": 1, "floor": -2}, "merge.floor=-2.0 must be at least -1"),
+        ({"num_keyframes": 1, "reject": "=>"}, r"merge.reject='=>'; did you mean '>'"),
+        ({"num_keyframes": 1, "reference": "bug"}, r"merge.reference='bug'; .*fixed.*released"),
+        ({"num_keyframes": 1, "temperature": 0}, "merge.temperature=0.0 must be above 0"),
+        ({"num_keyframes": 1, "redundancy_weight": -1}, "redundancy_weight=-1.0 must be at least"),
+        ({"projections": True}, "num_keyframes=0 merges none; set num_keyframes"),
+        ({"keyframes": 1}, "merge.keyframes does not exist; did you mean 'num_keyframes'"),
+    ],
+)
+def test_mistakes_of_merging_are_named(merge, message):
+    model = values()["model"] | {"merge": merge}
+    with pytest.raises(UserError, match=message):
+        build(model=model)
 
 
 def test_values_are_converted_to_the_declared_types():

@@ -25,7 +25,7 @@ from deevisum_jax import (
     weights,
 )
 from deevisum_jax import config as config_lib
-from deevisum_jax.config import LoraConfig
+from deevisum_jax.config import LoraConfig, MergeConfig
 from deevisum_jax.convert import huggingface, released, rows
 from deevisum_jax.convert.safetensors import write_safetensors_file
 from deevisum_jax.data import tokenizer
@@ -241,6 +241,61 @@ def test_another_tokenizer_than_the_weights_own_is_refused_whatever_its_size(
         check(start_config(start, f"data.tokenizer={tokens}"), config.llm.vocab_size)
         with pytest.raises(UserError, match=r"other\.model is not the tokenizer of init"):
             check(start_config(start, f"data.tokenizer={other}"), config.llm.vocab_size)
+
+
+MERGE = MergeConfig(num_keyframes=1, projections=True)
+
+
+@pytest.mark.parametrize("form", ["npz", "folder", "converted"])
+def test_projections_of_merging_are_drawn(
+    form, request, config, tokens, trained, start_config, tmp_path
+):
+    if form == "converted":
+        source = weights.open_source(request.getfixturevalue("npz"), tokenizer_path=str(tokens))
+        weights.convert(source, tmp_path / "weights")
+        given = str(tmp_path / "weights")
+    else:
+        given = request.getfixturevalue(form)
+    model = dataclasses.replace(config, exit_layers=(2, 4), merge=MERGE)
+    start = start_config(given)
+    initialization.find(start).check(start, config.llm.vocab_size)
+    params = load(start, model)
+    assert_same(params, trained)
+    fresh = paligemma2.init_params(model, jax.random.key(0))
+    for part in ("exits", "merge"):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params[part], fresh[part]
+        )
+
+
+def test_a_run_takes_projections_of_merging_along_or_gets_them(other_run, start_config):
+    """From a run without to one with, from there to another number of keyframes, and not back."""
+    shutil.rmtree(other_run / "checkpoints")
+    model = paligemma2.get_config(
+        "tiny", llm={"vocab_size": paligemma2.table_rows(280)}, exit_layers=(2, 4)
+    )
+    untrained.save_params(
+        other_run, start_config("x"), paligemma2.init_params(model, jax.random.key(3))
+    )
+    lines = ("data.num_frames=3", "model.merge.num_keyframes=1", "model.merge.projections=True")
+    start = start_config(str(other_run), *lines)
+    check(start)
+    learned = dataclasses.replace(model, merge=MERGE)
+    params = jax.device_get(load(start, learned))
+    assert params["merge"]["temperature"] == pytest.approx(0.01)
+
+    shutil.rmtree(other_run / "checkpoints")
+    config_lib.save(start_config("x", *lines), other_run / "config.json")
+    changed = params | {"merge": jax.tree.map(lambda leaf: leaf + 1, params["merge"])}
+    untrained.save_params(other_run, start_config("x"), changed)
+    again = start_config(str(other_run), *lines, "model.merge.num_keyframes=2")
+    check(again)
+    found = load(
+        again, dataclasses.replace(model, merge=dataclasses.replace(MERGE, num_keyframes=2))
+    )
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), changed)
+    with pytest.raises(UserError, match=r"learned how to merge.*set it True.*its own is 1\)"):
+        check(start_config(str(other_run), *lines[:2]))
 
 
 def test_a_tensor_that_is_missing_is_known_before_any_data_is_built(

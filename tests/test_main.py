@@ -20,12 +20,21 @@ import optax
 import pytest
 from etils import epath
 
-from deevisum_jax import checkpoints, datasets, main, preemption, sharding, training_log
+from deevisum_jax import (
+    checkpoints,
+    datasets,
+    main,
+    preemption,
+    sharding,
+    summarize,
+    training_log,
+)
 from deevisum_jax import config as config_lib
 from deevisum_jax.data import tokenizer
 from deevisum_jax.errors import UserError
 from deevisum_jax.models import paligemma2
 from deevisum_jax.summary import folds
+from tests.media import solid_frames, write_video
 from tests.training_runs import killed_at, lines
 from tfds_builders import records
 
@@ -421,6 +430,33 @@ def test_evaluation_alone(finished, command, tmp_path):
     report = json.loads((workdir / "report.json").read_text())
     assert report["avg_depth"] == 2.0  # every segment is sure enough at the first exit
     assert report["tau_early_exit"] == report["rows"]["exit_2"]["tau"]
+
+
+def test_a_run_that_merges_frames_goes_on_after_a_kill_and_summarizes(command, tmp_path):
+    workdir, film = tmp_path / "run", tmp_path / "slides.mkv"
+    merge = [
+        f"--config.{field}"
+        for field in (
+            "data.num_frames=3",
+            "model.merge.num_keyframes=1",
+            "model.merge.projections=True",
+            "eval.ablate_inputs=False",
+        )
+    ]
+    with killed_at(3):
+        command(workdir, *merge)
+    before = final_params(workdir, 2)["merge"]
+    assert command(workdir, *merge) == 0
+    learned = final_params(workdir)["merge"]
+    assert all(
+        np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (before, learned)), strict=True)
+    )
+    assert "f1" in json.loads((workdir / "report.json").read_text())
+    write_video(film, solid_frames([0, 200, 90]), times_s=[0, 5, 10])
+    out = tmp_path / "out"
+    given = [str(film), "--checkpoint", str(workdir), "--out", str(out), "--budget", "0.5"]
+    assert summarize.main(given) == 0
+    assert (out / "summary.json").exists()
 
 
 def test_a_run_can_start_from_the_parameters_of_another(finished, command, tmp_path):

@@ -10,7 +10,7 @@ import qwix
 from flax.traverse_util import flatten_dict
 
 from deevisum_jax import optim
-from deevisum_jax.config import OptimConfig
+from deevisum_jax.config import MergeConfig, OptimConfig
 from deevisum_jax.errors import UserError
 from deevisum_jax.models import paligemma2
 
@@ -56,10 +56,12 @@ def test_weight_decay_leaves_norms_biases_and_positions_alone():
 
 
 def test_every_matrix_of_the_model_decays_and_no_vector_does():
-    params = paligemma2.abstract_params(paligemma2.get_config("tiny", exit_layers=(2, 4)))
+    merge = MergeConfig(num_keyframes=1, projections=True)
+    config = paligemma2.get_config("tiny", exit_layers=(2, 4), merge=merge)
+    params = paligemma2.abstract_params(config)
     decays = flatten_dict(optim._decays(params), sep="/")
     kept = {path.split("/")[-1] for path, decay in decays.items() if not decay}
-    assert kept == {"scale", "bias", "pos_embedding"}
+    assert kept == {"scale", "bias", "pos_embedding", "temperature"}
     assert {path.split("/")[-1] for path, decay in decays.items() if decay} == {
         "kernel", "w", "gating_einsum", "linear", "input_embedding",
         "prototype",  # a direction: its length is read by nobody

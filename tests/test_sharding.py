@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from deevisum_jax import sharding
-from deevisum_jax.config import LoraConfig
+from deevisum_jax.config import LoraConfig, MergeConfig
 from deevisum_jax.errors import UserError
 from deevisum_jax.models import two_towers
 from deevisum_jax.models.paligemma2 import VARIANTS, abstract_params, bind, get_config, init_params
@@ -64,6 +64,18 @@ def test_every_adapter_code_and_scale_matches_exactly_one_row(base):
     assert len(paths) == 40 + 2 * 8 + 5 * (base is not None)
     codes = [path for path in paths if path.endswith("/qvalue")]
     assert len(codes) == 5 * (base is not None)
+
+
+def test_every_projection_of_merging_matches_exactly_one_row():
+    merge = MergeConfig(num_keyframes=1, projections=True)
+    params = abstract_params(get_config("paligemma2_3b", merge=merge))["merge"]
+    axes = {
+        name: sharding.logical_axes(f"merge/{name}", leaf.ndim)
+        for name, leaf in sharding._leaves(params)
+    }
+    assert len(axes) == 4 * 2 + 1
+    assert axes["image_key/kernel"] == ("norm", "embed")
+    assert axes["image_key/bias"] == axes["temperature"] == ("norm",)
 
 
 def test_every_row_is_used():

@@ -12,9 +12,11 @@ import pytest
 import safetensors
 import torch
 import transformers
+from etils import epath
 
 from deevisum_jax import config as config_lib
 from deevisum_jax import datasets, experiment, initialization, runs, weights
+from deevisum_jax.config import MergeConfig
 from deevisum_jax.convert import big_vision, rows
 from deevisum_jax.convert.tensors import STORED_DTYPES, read
 from deevisum_jax.data import pipeline, prompts, tokenizer
@@ -396,6 +398,23 @@ def test_mistakes_leave_nothing_behind(run, released, tokens, tmp_path):
         with pytest.raises(UserError, match=r"brings its own tokenizer.* has other pieces"):
             weights.open_source(str(source), tokenizer_path=str(other))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other.model", "there.npz"]
+
+
+def test_a_run_that_merges_frames_is_not_exported(run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "merging")
+    config = config_lib.load(epath.Path(folder / "config.json"))
+    data = dataclasses.replace(config.data, num_frames=3)
+    model = dataclasses.replace(config.model, merge=MergeConfig(num_keyframes=1))
+    config_lib.save(
+        dataclasses.replace(config, data=data, model=model), epath.Path(folder / "config.json")
+    )
+    source = weights.open_source(str(folder))
+    for export, out in ((weights.export_hf, "hf"), (weights.export_big_vision, "it.npz")):
+        with pytest.raises(
+            UserError, match=r"merges frames .*num_keyframes=1.*summarize, or train"
+        ):
+            export(source, tmp_path / out)
+        assert not (tmp_path / out).exists()
 
 
 def test_a_source_that_is_damaged_midway_leaves_nothing_behind(released, tokens, tmp_path):

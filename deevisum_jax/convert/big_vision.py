@@ -58,7 +58,7 @@ def with_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def paligemma2_rows(config: PaliGemma2Config) -> list[Row]:
-    """The table of a PaliGemma 2; the exit heads are ours alone and not in it."""
+    """The table of a PaliGemma 2; exit heads and what merging learns are ours and not in it."""
     return renamed_rows(abstract_params(without_exits(config)), resample=("img/pos_embedding",))
 
 

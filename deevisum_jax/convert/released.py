@@ -33,6 +33,7 @@ from deevisum_jax.models.paligemma2 import (
     abstract_params,
     get_config,
     table_rows,
+    without_exits,
     without_lora,
 )
 
@@ -130,7 +131,7 @@ class Released:
         """The report of every tensor; no numbers are read.
 
         Args:
-          config: of the model; exit heads that do not come along are no part of it.
+          config: of the model; exit heads that do not come along are no part of it, nor is merging.
 
         Raises:
           UserError: as `check` and `rows.match`.
@@ -221,7 +222,7 @@ class Released:
         return None
 
     def _with_own_exits(self, config: PaliGemma2Config) -> PaliGemma2Config:
-        return dataclasses.replace(config, exit_layers=self.exit_layers)
+        return dataclasses.replace(without_exits(config), exit_layers=self.exit_layers)
 
     def _rows(self, config: PaliGemma2Config) -> list[Row]:
         tables = {

@@ -1,8 +1,9 @@
 r"""PaliGemma 2 with exit heads: SigLIP, Gemma 2, and the segment scorer that they make.
 
 A segment's frames are folded into the batch for the image tower and their tokens concatenated, no
-separators between, in front of the text (big_vision's `pp/proj/paligemma/video.py`). Scoring is one
-pass over `[frames][BOS prompt]["\n"]`: the class is read at the last prefix position.
+separators between, in front of the text (big_vision's `pp/proj/paligemma/video.py`). With `merge`
+K keyframes of a segment keep their tokens and each other frame becomes one (`keyframes`). Scoring
+is one pass over `[frames][BOS prompt]["\n"]`: the class is read at the last prefix position.
 
 Parameters travel as a nested dictionary of arrays with big_vision's names; `init_params` makes one,
 `bind` turns one into a model whose methods can be called under `jax.jit` and `jax.grad`:
@@ -23,15 +24,21 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deevisum_jax.config import LoraConfig
+from deevisum_jax.config import LoraConfig, MergeConfig
 from deevisum_jax.errors import UserError
+from deevisum_jax.keyframes import merging, selection
 from deevisum_jax.models import layers, lora, masks, pytree
 from deevisum_jax.models.exits import ExitHeads
 from deevisum_jax.models.gemma2 import Gemma2, Gemma2Config, KVCache
+from deevisum_jax.models.merging import DifferentialMerging
 from deevisum_jax.models.pytree import Params
 from deevisum_jax.models.siglip import Siglip, SiglipConfig
 from deevisum_jax.sharding import constrain
 from deevisum_jax.typing import Array, Batch, ExitScores
+
+# Frames of a row that go through the image tower, or are merged, together: a segment with more of
+# them takes no more memory for it than one with as many.
+_FRAMES_AT_ONCE = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +47,7 @@ class PaliGemma2Config:
 
     Raises:
       UserError: exits out of order or out of range, an unknown dtype or rematerialisation policy,
-        adapters that it cannot have.
+        adapters or a merging of frames that it cannot have.
     """
 
     img: SiglipConfig
@@ -51,6 +58,7 @@ class PaliGemma2Config:
     param_dtype: str = "float32"  # of stored parameters
     remat_policy: str | None = None  # None keeps all activations for the backward pass
     lora: LoraConfig | None = None  # adapters; rank 0 becomes None
+    merge: MergeConfig | None = None  # of a segment's frames; num_keyframes 0 becomes None
 
     def __post_init__(self):
         # Configuration files hold lists.
@@ -72,6 +80,60 @@ class PaliGemma2Config:
             lora.check(self.lora, head_dim=self.llm.head_dim, mlp_dim=self.llm.mlp_dim)
             if not self.lora.rank:
                 object.__setattr__(self, "lora", None)
+        if self.merge is not None:
+            if self.merge.num_keyframes:
+                _selection_config(self.merge)  # both check their values
+                _merging_config(self.merge)
+            else:
+                object.__setattr__(self, "merge", None)
+
+    @property
+    def has_merge_params(self) -> bool:
+        """Whether frames are merged with learned projections, which are parameters."""
+        return self.merge is not None and self.merge.projections
+
+    def image_tokens(self, num_frames: int) -> int:
+        """M, the soft tokens of a segment, in front of its text.
+
+        P of each frame; with merging P of each keyframe and one of each other: of 8 frames of 256
+        patches, 2 of them keyframes, 2 * 256 + 6 instead of 2048.
+
+        Args:
+          num_frames: I, frames of the segment.
+
+        Raises:
+          UserError: more keyframes than frames.
+        """
+        P = self.img.num_patches
+        if self.merge is None:
+            return num_frames * P
+        K = self.merge.num_keyframes
+        if num_frames < K:
+            raise UserError(
+                f"a segment of {num_frames} frames has no {K} keyframes; give it more frames "
+                "(data.num_frames), or set model.merge.num_keyframes lower"
+            )
+        return merging.num_tokens(K, num_frames, P)
+
+
+def _selection_config(merge: MergeConfig) -> selection.SelectionConfig:
+    # Filled up always: what a segment costs does not depend on what it shows.
+    return selection.SelectionConfig(
+        num_keyframes=merge.num_keyframes,
+        tau=merge.tau,
+        reject=merge.reject,
+        floor=merge.floor,
+        fill=True,
+    )
+
+
+def _merging_config(merge: MergeConfig) -> merging.MergingConfig:
+    return merging.MergingConfig(
+        projections=merge.projections,
+        reference=merge.reference,
+        redundancy_weight=merge.redundancy_weight,
+        temperature=merge.temperature,
+    )
 
 
 _SO400M = SiglipConfig(
@@ -229,7 +291,11 @@ class Output:
 
 
 class PaliGemma2(nnx.Module):
-    """The model. `img`, `llm` and `exits` hold the parameters; the latter only with exit layers."""
+    """The model.
+
+    `img`, `llm`, `exits` and `merge` hold the parameters: `exits` only with exit layers, `merge`
+    only where frames are merged with learned projections.
+    """
 
     def __init__(self, config: PaliGemma2Config, *, rngs: nnx.Rngs):
         self.config = config
@@ -238,6 +304,14 @@ class PaliGemma2(nnx.Module):
         self.llm = Gemma2(config.llm, **kwargs)
         if config.exit_layers:
             self.exits = ExitHeads(len(config.exit_layers), config.llm.width, **kwargs)
+        # Behind the others: they are drawn as without.
+        if config.merge is not None and config.merge.projections:
+            self.merge = DifferentialMerging(
+                _merging_config(config.merge),
+                width=config.llm.width,
+                query_width=config.llm.width,
+                **kwargs,
+            )
         if config.lora is not None:
             lora.reserve(self, config.lora)
 
@@ -248,7 +322,11 @@ class PaliGemma2(nnx.Module):
           frames: uint8[B, I, H, W, 3].
 
         Returns:
-          float[B, I * P, D], frame after frame, patches row by row.
+          float[B, M, D], frame after frame, patches row by row: M = I * P. With `config.merge` a
+          frame that is no keyframe has one token, M = `config.image_tokens(I)`.
+
+        Raises:
+          UserError: frames of another size, or fewer than keyframes.
         """
         size = self.config.img.image_size
         if frames.shape[2:] != (size, size, 3):
@@ -256,10 +334,75 @@ class PaliGemma2(nnx.Module):
                 f"frames must be {size} x {size} with 3 channels for this model, got "
                 f"{frames.shape=}; resize them, or change img.image_size"
             )
-        pixels = jnp.asarray(frames, jnp.float32).reshape(-1, size, size, 3) / 127.5 - 1.0
+        if self.config.merge is None:
+            zimg = self._encode(frames)
+            return zimg.reshape(frames.shape[0], -1, zimg.shape[-1])
+        M = self.config.image_tokens(frames.shape[1])  # refuses too few frames
+        zimg = self._in_chunks(self._encode, jnp.asarray(frames))
+        merged = self._merge(constrain(zimg, "batch", "seq", "seq", "act_embed"))
+        assert merged.shape[1] == M
+        return merged
+
+    def _encode(self, frames: Array) -> jax.Array:
+        """uint8[B, I, H, W, 3] -> float[B, I, P, D]."""
+        pixels = jnp.asarray(frames, jnp.float32).reshape(-1, *frames.shape[2:]) / 127.5 - 1.0
         pixels = constrain(pixels.astype(self.config.dtype), "batch", "seq", "seq", "seq")
         zimg = self.img(pixels, remat_policy=self.config.remat_policy)
-        return zimg.reshape(frames.shape[0], -1, zimg.shape[-1])
+        return zimg.reshape(*frames.shape[:2], *zimg.shape[1:])
+
+    def _merge(self, zimg: jax.Array) -> jax.Array:
+        """float[B, I, P, D] -> float[B, M, D]: DKS keeps K frames, DFM merges the others."""
+        merge = self.config.merge
+        assert merge is not None
+        chosen_by, config = _selection_config(merge), _merging_config(merge)
+        params = self.merge.whole(zimg.dtype) if merge.projections else None
+        take = functools.partial(jnp.take, axis=0, mode="clip")
+
+        @jax.vmap
+        def choose(zimg: jax.Array) -> tuple[Any, ...]:
+            # Which frames are kept has no gradient; what is made of all of them has.
+            means = jnp.mean(jax.lax.stop_gradient(zimg), axis=1, dtype=jnp.float32)
+            keyframes = selection.select(means, config=chosen_by)
+            slots = merging.reference_slots(keyframes, zimg.shape[0])
+            bank = take(zimg, merging.reference_frames(keyframes, config))
+            return keyframes, take(zimg, keyframes.index), slots, bank, merging.sum_of_units(zimg)
+
+        keyframes, key_patches, slots, bank, query = choose(zimg)
+
+        @jax.vmap
+        def one_token_each(
+            patches: jax.Array, slots: jax.Array, bank: jax.Array, query: jax.Array
+        ) -> jax.Array:
+            references = merging.gather_references(patches, bank, slots)
+            return merging.merge(patches, references, query, config=config, params=params)
+
+        merged = self._in_chunks(
+            lambda patches, slots: one_token_each(patches, slots, bank, query), zimg, slots
+        )
+        return jax.vmap(merging.interleave)(key_patches, merged, keyframes)[0]
+
+    def _in_chunks(self, fn: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+        """`fn` of some frames of every row at a time, [B, I, ...] -> [B, I, ...].
+
+        Where the backward pass computes again what is within a layer, it computes a whole chunk
+        again: what is kept of a frame is what goes in and what comes out.
+        """
+        B, num_frames = arrays[0].shape[:2]
+        count = -(-num_frames // _FRAMES_AT_ONCE)
+        if count == 1:
+            return fn(*arrays)
+        size = -(-num_frames // count)
+        none = count * size - num_frames  # frames that fill up the last chunk, fewer than `count`
+
+        def split(array: jax.Array) -> jax.Array:
+            padded = jnp.pad(array, [(0, 0), (0, none), *[(0, 0)] * (array.ndim - 2)])
+            return jnp.moveaxis(padded.reshape(B, count, size, *array.shape[2:]), 1, 0)
+
+        policy = self.config.remat_policy and "nothing_saveable"
+        body = layers.remat(lambda _, chunk: (None, fn(*chunk)), policy)
+        _, found = jax.lax.scan(body, None, tuple(map(split, arrays)))
+        found = jnp.moveaxis(found, 0, 1).reshape(B, count * size, *found.shape[3:])
+        return found[:, :num_frames]
 
     def embed(self, frames: Array, tokens: Array, mask_ar: Array, mask_input: Array) -> Embedded:
         """`encode_frames`, then `join`; shapes as there."""
@@ -481,8 +624,13 @@ def table_rows(num_pieces: int) -> int:
 
 
 def without_exits(config: PaliGemma2Config) -> PaliGemma2Config:
-    """The same model without exit heads: what PaliGemma 2's own checkpoints hold."""
-    return dataclasses.replace(config, exit_layers=())
+    """The same model without exit heads and merging: what PaliGemma 2's own checkpoints hold."""
+    return dataclasses.replace(config, exit_layers=(), merge=None)
+
+
+def without_merging(config: PaliGemma2Config) -> PaliGemma2Config:
+    """The same model, whose frames keep all their tokens."""
+    return dataclasses.replace(config, merge=None)
 
 
 def without_lora(config: PaliGemma2Config) -> PaliGemma2Config:

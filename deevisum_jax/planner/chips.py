@@ -43,7 +43,7 @@ class Chip:
         return self.links * self.link_bytes_per_s
 
 
-_2D = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 
 # Interconnect: the pages give both directions of all links together, v5e 400 GB/s, so each of four

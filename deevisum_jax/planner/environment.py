@@ -71,6 +71,8 @@ def devices(topology: Topology) -> Sequence[jax.Device]:
     """
     # Two cores of a v4 are one device, as on the machines one rents.
     options = {"chip_config_name": "megacore"} if topology.chip.kind == "v4" else {}
+    if topology.num_chips == 1:  # else a host has four of them
+        options["chips_per_host_bounds"] = (1, 1, 1)
     try:
         with held_stderr() as drop:
             described = topologies.get_topology_desc(

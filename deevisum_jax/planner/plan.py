@@ -37,7 +37,7 @@ from deevisum_jax.planner.collectives import Collective
 from deevisum_jax.planner.hlo import Program, Traffic
 from deevisum_jax.typing import Batch, TeacherOutputs
 
-MODES = ("full", "score", "cache_teacher", "early_exit")
+MODES = ("full", "score", "cache_teacher", "early_exit", "long_video")
 _GIB = 2**30
 _LARGEST = 10  # tensors shown
 _TRIED = 3  # compilations at most to find what fits
@@ -89,7 +89,9 @@ class Plan:
 
     topology: Topology
     mode: str  # of MODES
-    part: str  # of an early exit: the stage ("layers 9 to 13") or "gather"; "" = all of a mode
+    # Of an early exit the stage ("layers 9 to 13") or "gather", of a long video how it is merged;
+    # "" = all of a mode.
+    part: str
     mesh: dict[str, int]  # devices along data, fsdp, tensor
     batch_size: int
     num_params: int  # of the model
@@ -200,7 +202,7 @@ def plan(config: Config, topology: Topology, mode: str, stages: Sequence[Config]
     else:
         assert mode == "cache_teacher", mode
         made = _caching(config, mesh, stages)
-    return _planned(made, topology, mode, mesh)
+    return planned(made, topology, mode, mesh)
 
 
 def plan_parts(config: Config, topology: Topology) -> Iterator[Plan]:
@@ -215,7 +217,7 @@ def plan_parts(config: Config, topology: Topology) -> Iterator[Plan]:
     """
     mesh = _mesh(config, topology)
     for made in _stages_and_gather(config, mesh):
-        yield _planned(made, topology, "early_exit", mesh)
+        yield planned(made, topology, "early_exit", mesh)
 
 
 def _mesh(config: Config, topology: Topology) -> jax.sharding.Mesh:
@@ -224,7 +226,8 @@ def _mesh(config: Config, topology: Topology) -> jax.sharding.Mesh:
     )
 
 
-def _planned(made: _Made, topology: Topology, mode: str, mesh: jax.sharding.Mesh) -> Plan:
+def planned(made: Made, topology: Topology, mode: str, mesh: jax.sharding.Mesh) -> Plan:
+    """Compiles what was made for the slice."""
     state_bytes = sum(placed.num_bytes for placed in made.placed)
     memory = cost = compiled = None
     before = time.process_time()
@@ -278,7 +281,7 @@ def _planned(made: _Made, topology: Topology, mode: str, mesh: jax.sharding.Mesh
     )
 
 
-def _compile(made: _Made, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Compiled | None, str]:
+def _compile(made: Made, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Compiled | None, str]:
     """The compiled program; or None, and the compiler's words if it finds no room."""
     with (
         jax.set_mesh(mesh),
@@ -298,7 +301,7 @@ def _compile(made: _Made, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Compiled 
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Made:
+class Made:
     """What is to be compiled."""
 
     lower: Callable[[], jax.stages.Lowered]
@@ -310,7 +313,7 @@ class _Made:
     notes: tuple[str, ...] = ()
 
 
-def _training(config: Config, mesh: jax.sharding.Mesh, stages: Sequence[Config]) -> _Made:
+def _training(config: Config, mesh: jax.sharding.Mesh, stages: Sequence[Config]) -> Made:
     microbatch = config.batch_size // config.optim.accumulate_steps
     sharding.check_batch("batch_size / optim.accumulate_steps", microbatch, mesh)
     model_config, num_targets = _model(config)
@@ -350,7 +353,7 @@ def _training(config: Config, mesh: jax.sharding.Mesh, stages: Sequence[Config])
         given += ({name: params for name, (params, _) in beside.items()},)
     update = train_step.jit(step, shardings, mesh, where)
     placed = {"": (shapes, shardings)} | {f"{name}/": found for name, found in beside.items()}
-    return _Made(
+    return Made(
         lower=lambda: update.lower(*given),
         batch_size=config.batch_size,
         params=optim.of_model(optim.merge(shapes.params, shapes.frozen)),
@@ -358,7 +361,7 @@ def _training(config: Config, mesh: jax.sharding.Mesh, stages: Sequence[Config])
         placed=[
             dataclasses.replace(one, path=prefix + one.path)
             for prefix, trees in placed.items()
-            for one in _placed(*trees)
+            for one in placement(*trees)
         ],
     )
 
@@ -416,7 +419,7 @@ def _said(
     return said, flops
 
 
-def _caching(config: Config, mesh: jax.sharding.Mesh, stages: Sequence[Config]) -> _Made:
+def _caching(config: Config, mesh: jax.sharding.Mesh, stages: Sequence[Config]) -> Made:
     batch_size = config.eval.batch_size
     sharding.check_batch("eval.batch_size", batch_size, mesh)
     learners = experiment_stages.learners_of(config, stages)
@@ -439,17 +442,17 @@ def _caching(config: Config, mesh: jax.sharding.Mesh, stages: Sequence[Config]) 
         model = paligemma2.bind(model_config, params)
         return teachers.outputs(model, batch, asked, num_targets=num_targets)
 
-    return _Made(
+    return Made(
         lower=lambda: answer.lower(params, batch),
         batch_size=batch_size,
         params=params,
         model_flops=model_flops.count(outputs, params, batch),
-        placed=list(_placed(params, shardings)),
+        placed=list(placement(params, shardings)),
         notes=notes,
     )
 
 
-def _scoring(config: Config, mesh: jax.sharding.Mesh) -> _Made:
+def _scoring(config: Config, mesh: jax.sharding.Mesh) -> Made:
     batch_size = config.eval.batch_size
     sharding.check_batch("eval.batch_size", batch_size, mesh)
     model_config, _ = _model(config)
@@ -457,18 +460,18 @@ def _scoring(config: Config, mesh: jax.sharding.Mesh) -> _Made:
     shardings = sharding.param_shardings(params, mesh)
     batch = _batch(config, model_config, batch_size, captions=False)
     score_fn = scoring.make_score_fn(model_config, shardings, mesh)
-    return _Made(
+    return Made(
         lower=lambda: score_fn.lower(params, batch),
         batch_size=batch_size,
         params=params,
         model_flops=model_flops.count(
             lambda params, batch: paligemma2.bind(model_config, params).score(batch), params, batch
         ),
-        placed=list(_placed(params, shardings)),
+        placed=list(placement(params, shardings)),
     )
 
 
-def _stages_and_gather(config: Config, mesh: jax.sharding.Mesh) -> Iterator[_Made]:
+def _stages_and_gather(config: Config, mesh: jax.sharding.Mesh) -> Iterator[Made]:
     batch_size = config.eval.batch_size
     sharding.check_batch("eval.batch_size", batch_size, mesh)
     model_config, _ = _model(config)
@@ -489,14 +492,14 @@ def _stages_and_gather(config: Config, mesh: jax.sharding.Mesh) -> Iterator[_Mad
     places = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=where)
     depths = (0, *ends)
     flops = np.diff(exit_flops(model_config, config.data), prepend=0)
-    made = functools.partial(_Made, batch_size=batch_size, params=params)
+    made = functools.partial(Made, batch_size=batch_size, params=params)
     for exit_ in range(len(ends)):
         stage = scorer.stage(exit_, exit_)
         given = between if exit_ else batch
         yield made(
             lower=functools.partial(stage.lower, params, given),
             model_flops=batch_size * int(flops[exit_]),
-            placed=list(_placed(params, shardings)),
+            placed=list(placement(params, shardings)),
             part=("" if exit_ else "pictures, ") + f"layers {depths[exit_] + 1} to {ends[exit_]}",
         )
     yield made(
@@ -539,7 +542,8 @@ def _batch(
     )
 
 
-def _placed(shapes: Any, shardings: Any) -> Iterator[Placed]:
+def placement(shapes: Any, shardings: Any) -> Iterator[Placed]:
+    """Every leaf of a tree of shapes, by its path."""
     leaves = jax.tree.leaves_with_path(shapes)
     for (path, leaf), where in zip(leaves, jax.tree.leaves(shardings), strict=True):
         shard = where.shard_shape(leaf.shape)

@@ -28,8 +28,9 @@ def text(variant: str, plan: Plan) -> str:
     adapters = ""
     if plan.num_adapter_params:
         adapters = f" (of them {plan.num_adapter_params / 1e6:.3f}e6 in adapters)"
+    what = f"{plan.mode}, {plan.part}" if plan.part else plan.mode
     lines = [
-        f"{variant}, {plan.mode}, on {plan.topology.name}: {in_short(plan)} per chip",
+        f"{variant}, {what}, on {plan.topology.name}: {in_short(plan)} per chip",
         f"  {plan.num_params / 1e9:.3f}e9 parameters{adapters}, batch {plan.batch_size}, "
         f"mesh {mesh}",
     ]

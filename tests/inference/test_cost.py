@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from deevisum_jax.config import DataConfig
+from deevisum_jax.config import DataConfig, MergeConfig
 from deevisum_jax.inference.cost import exit_flops, score_flops
 from deevisum_jax.models.paligemma2 import VARIANTS, abstract_params, get_config
 
@@ -31,6 +31,19 @@ def test_exits_by_hand():
     image, layer = 2 * 114_176, 294_912 + 36_864
     np.testing.assert_array_equal(found, [image + layer, image + 4 * layer])
     assert found.dtype == np.int64
+
+
+def test_merged_frames_by_hand():
+    # Of three frames one keeps its 4 tokens, two have one each: 6 image tokens instead of 12, and
+    # 10 with text. The image tower sees all three.
+    merge = MergeConfig(num_keyframes=1)
+    config = get_config("tiny", merge=merge)
+    image, layer = 3 * 114_176, 2 * 10 * 12_288 + 4 * 100 * 64
+    flops = lambda config: score_flops(config, num_frames=3, text_len=4, depth=4)
+    assert flops(config) == image + 4 * layer
+    # Learned projections: three of all 12 patches, and one of the query, 32 x 32 each.
+    learned = get_config("tiny", merge=MergeConfig(num_keyframes=1, projections=True))
+    assert flops(learned) == flops(config) + 2 * 37 * 1024
 
 
 @pytest.mark.parametrize("name", ["paligemma2_3b", "quickstart_student"])

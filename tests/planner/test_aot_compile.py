@@ -6,7 +6,7 @@ import json
 import pytest
 
 from deevisum_jax.errors import UserError
-from deevisum_jax.planner import early_exit, environment, plan
+from deevisum_jax.planner import early_exit, environment, long_video, plan
 from scripts import aot_compile
 from tests.conftest import TINY_CONFIG
 from tests.planner.test_early_exit import three_stages
@@ -138,7 +138,7 @@ def test_a_table_tells_what_the_config_does_not_suit(compiler, capsys):
 
 def test_an_unknown_slice_ends_with_2(capsys):
     assert run("--topology", "v5e:3x3") == 2
-    assert "v5e: 2x2, 2x4, 4x4" in capsys.readouterr().err
+    assert "v5e: 1x1, 2x2, 2x4, 4x4" in capsys.readouterr().err
 
 
 def test_a_flag_that_is_none_ends_with_2(capsys):
@@ -229,10 +229,36 @@ def test_an_early_exit_without_room_ends_with_1_and_what_would_fit(stages, monke
     assert "take --topology v5e:4x8, the smallest listed" in capsys.readouterr().out
 
 
-def test_an_early_exit_has_no_table_of_all_slices(capsys):
+@pytest.mark.parametrize("mode", ["early_exit", "long_video"])
+def test_what_is_many_programs_has_no_table_of_all_slices(capsys, mode):
     with pytest.raises(SystemExit, match="2"):
-        run("--all", "--mode", "early_exit")
-    assert "has a table for each slice: name them, without --all" in capsys.readouterr().err
+        run("--all", "--mode", mode)
+    assert f"--mode {mode} has its own output: name slices, without" in capsys.readouterr().err
+
+
+def test_a_long_video_has_a_page_for_each_way_of_merging(monkeypatch, capsys, tmp_path):
+    def fake(config, topology, num_frames, keep):
+        assert num_frames == 500
+        found = [made(topology=topology, mode="long_video", part=part) for part in ("one", "two")]
+        for one in found:
+            keep(one)
+        return found
+
+    monkeypatch.setattr(environment, "prepare", lambda: None)
+    monkeypatch.setattr(long_video, "plan", fake)
+    out = tmp_path / "plans.json"
+    flags = ["--topology", "v5e:1x1", "--mode", "long_video", "--num_frames", "500"]
+    assert run(*flags, "--json", str(out)) == 0
+    shown = capsys.readouterr().out
+    assert "tiny, long_video, one, on v5e:1x1: fits" in shown
+    assert "tiny, long_video, two, on v5e:1x1: fits" in shown
+    assert [one["part"] for one in json.loads(out.read_text())] == ["one", "two"]
+
+
+def test_a_long_video_on_many_chips_ends_with_2(monkeypatch, capsys):
+    monkeypatch.setattr(environment, "prepare", lambda: None)
+    assert run("--topology", "v5e:2x2", "--mode", "long_video") == 2
+    assert "planned for one chip, v5e:2x2 has 4" in capsys.readouterr().err
 
 
 def test_a_stage_is_planned_with_all_stages_at_hand(monkeypatch, tmp_path):

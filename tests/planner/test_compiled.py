@@ -7,11 +7,12 @@ import os
 import jax
 import pytest
 
-from deevisum_jax.planner import chips, environment, plan
+from deevisum_jax.planner import chips, environment, long_video, plan
 from deevisum_jax.planner.hlo import Program
 from scripts import aot_compile
 from tests.conftest import TINY_CONFIG
 from tests.planner import small_programs
+from tests.planner.test_made import planned
 
 pytestmark = [
     pytest.mark.tpu_backend,
@@ -144,3 +145,15 @@ def test_nothing_of_a_plan_is_on_the_chips(tiny_config):
     found = plan.plan(config, chips.topology("v5e:2x2"), "score")
     assert len(jax.live_arrays()) == before
     assert dataclasses.asdict(found)["mode"] == "score"
+
+
+def test_a_long_video_is_compiled_for_one_chip():
+    config = planned("eval.batch_size=4", "model.merge.num_keyframes=2", "data.num_frames=2")
+    raw, learned = long_video.plan(config, chips.topology("v5e:1x1"), 10, lambda _: None)
+    assert (raw.fits, learned.fits) == (True, True)
+    assert raw.mesh == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert raw.sent_bytes == 0
+    # Ten frames of 28 pixels are among the arguments.
+    assert raw.memory.argument > 10 * 28 * 28 * 3
+    # Frames are encoded in three chunks of four, two of them twice, and keyframes once more.
+    assert raw.cost.flops > raw.model_flops

@@ -48,9 +48,17 @@ def test_shapes_of_one_device_are_refused():
     assert count(spread(lambda x, w: x + w[0]), X, W) == 0
 
 
-def test_scoring_takes_what_the_formula_says(tiny_config):
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("model.merge.num_keyframes=1",),
+        ("model.merge.num_keyframes=2", "model.merge.projections=True"),
+    ],
+)
+def test_scoring_takes_what_the_formula_says(tiny_config, overrides):
     """The formula leaves out what is read at each exit, from D: classes (2), score, cosine."""
-    config = tiny_config("data.num_frames=3")
+    config = tiny_config("data.num_frames=3", *overrides)
     model_config, _ = plan._model(config)
     batch = plan._batch(config, model_config, 8, captions=False)
     score = lambda params, batch: paligemma2.bind(model_config, params).score(batch)
