@@ -48,14 +48,16 @@ _RESERVED = (*_FILES, _FAILED_FOLDER)
 
 # The other files of a finished video, and what a killed writer may have left in its place.
 _PARTS = re.compile(
-    r"report\.html|summary\.mp4|keyframes(/[0-9]+_[0-9.]+s\.jpg)?|\.[^/]+\.partial(/.*)?"
+    r"report\.html|summary\.mp4|(keyframes|storyboard)(/[0-9]+_[0-9.]+s\.jpg)?|"
+    r"storyboard/contact_sheet\.jpg|(storyboard/)?\.[^/]+\.partial(/.*)?"
 )
 
 _NUM_REQUESTS = 16  # at a time, to a bucket
 _NUM_ROUNDS = 5  # of writing the index while others change what it tells
 # Videos decoded at a time, and written at a time; decoders and encoders have threads of their own.
 _NUM_DECODERS = _NUM_WRITERS = max(1, min(4, (os.cpu_count() or 1) // 4))
-# Of decoded pictures and sound; more only for a video that is larger by itself.
+# Of decoded pictures and sound, which lie in temporary files; more only for a video that is larger
+# by itself.
 _MAX_BYTES = 8 * 2**30
 # That a video under way waits for others to fill batches with it; then it goes on without them.
 _MAX_WAIT_S = 60.0
@@ -343,7 +345,7 @@ class Held(Protocol):
 class Decoded(Held, Protocol):
     """What `Steps.read` gives."""
 
-    num_bytes: int  # in memory
+    num_bytes: int  # in temporary files
 
 
 D = TypeVar("D", bound=Decoded)
@@ -459,7 +461,7 @@ class _Reading(Generic[D]):
         Segments wait for those of later videos until they make a batch, and at the end of a stretch
         they go without. So it ends when the oldest video under way has waited for `_MAX_WAIT_S`, be
         it that the next is slow to decode, or that many come and few of their segments are as
-        unsure as its own; and when memory is full of what is under way.
+        unsure as its own; and when what is under way takes all the room there is for it.
         """
         assert not self._under_way, "a stretch has not given back what it took"
         while self.is_any_left:
@@ -486,7 +488,7 @@ class _Reading(Generic[D]):
             yield self._under_way[-1][1]
 
     def _read_ahead(self) -> None:
-        """Keeps all decoders busy and one video ready, as far as memory goes."""
+        """Keeps all decoders busy and one video ready, as far as there is room."""
         ready = [future.result().num_bytes for _, future in self._ahead if _succeeded(future)]
         ready += [decoded.num_bytes for _, decoded, _ in self._under_way]
         self._largest = max([self._largest, *ready])

@@ -37,16 +37,21 @@ from deevisum_jax import (
     sharding,
 )
 from deevisum_jax.config import Config
+from deevisum_jax.convert import two_towers as convert_two_towers
 from deevisum_jax.corpus import Corpus, Item, VideoError, printable
-from deevisum_jax.data import audio, pipeline, prompts, subtitles, tokenizer
+from deevisum_jax.data import audio, pipeline, prompts, siglip_text, subtitles, tokenizer
 from deevisum_jax.data.segments import Video, segment_bounds
-from deevisum_jax.data.video import DecodedVideo, decode_video
+from deevisum_jax.data.spool import SoundSpool
+from deevisum_jax.data.video import DecodedVideo, View, decode_video
 from deevisum_jax.errors import UserError, exits_cleanly
 from deevisum_jax.files import whole_folder, write_whole, writing
-from deevisum_jax.inference import staged
+from deevisum_jax.inference import long_video, staged
 from deevisum_jax.inference.exit_policy import ExitPolicy
-from deevisum_jax.models import paligemma2
-from deevisum_jax.summary import render, report, select, shots
+from deevisum_jax.inference.long_video import KeyframeFinder
+from deevisum_jax.keyframes.selection import SelectionConfig
+from deevisum_jax.models import paligemma2, two_towers
+from deevisum_jax.models.two_towers import TwoTowersConfig
+from deevisum_jax.summary import render, report, select, shots, storyboard
 from deevisum_jax.typing import ExitedScores
 
 # Segment borders float[M, 2] in seconds, and what is said of each segment.
@@ -57,11 +62,15 @@ EXIT_SOME_FAILED = 1
 _FRAME_RATE = 2.0  # frames per second looked at, the rate of the stored data sets
 _MIN_SUMMARY_S = 0.5  # below this there is nothing to watch
 _AUTO, _OFF = "auto", "off"
+_QUERY_WEIGHT = 0.5
+_QUERY_TOKENIZER = "spiece.model"
 _EXAMPLES = """\
 examples:
   python -m deevisum_jax.summarize holiday.mp4 --checkpoint runs/quickstart --out holiday/
   python -m deevisum_jax.summarize talk.mkv --checkpoint runs/quickstart --out talk/ \\
       --title "Keynote" --subtitles talk.srt --budget 0.1 --exit_threshold off
+  python -m deevisum_jax.summarize party.mp4 --checkpoint runs/quickstart --out party/ \\
+      --query "blowing out the candles" --query_model siglip-base-patch16-224/
   python -m deevisum_jax.summarize --manifest videos.csv --checkpoint runs/quickstart --out all/
 
 what DIR gets, all of it or nothing:
@@ -69,6 +78,9 @@ what DIR gets, all of it or nothing:
   summary.mp4    the chosen shots in order, H.264 and AAC
   summary.json   the score and the exit of every segment, every shot and whether it was chosen
   keyframes/     one still of each chosen shot
+  storyboard/    with --num_keyframes or --query: stills that differ, and contact_sheet.jpg of them
+
+Decoded pictures and sound wait in temporary files (TMPDIR); an hour takes 1.2 GB at 224 pixels.
 
 what DIR gets with --manifest:
   ID/            the same for each video
@@ -114,7 +126,9 @@ def _summarize_one(args: argparse.Namespace) -> int:
         policy = policy_asked_for(
             args.exit_threshold, args.checkpoint, _run_config(args.checkpoint)
         )
+        request = request_of(args)
         student = Student(args.checkpoint)
+        finder = request and make_finder(request, student)
         _say(f"decoding {args.video}")
         film = read_film(
             path,
@@ -123,9 +137,10 @@ def _summarize_one(args: argparse.Namespace) -> int:
             title=args.title,
             subtitles_path=words,
             name=args.video,
+            finder=finder,
         )
         _say(f"scoring {film.video.duration_s:.0f} s of video")
-        summary = summarize(film, student, budget=args.budget, policy=policy)
+        summary = summarize(film, student, budget=args.budget, policy=policy, request=request)
         _say(f"writing {args.out}")
         with writing(args.out):
             write_outputs(film, summary, folder, num_layers=student.model_config.llm.depth)
@@ -234,6 +249,32 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "always at the last; auto: as main --mode calibrate has chosen (default: auto if it has, "
         "else the run's eval.exit_threshold)",
     )
+    add(
+        "--query",
+        metavar="TEXT",
+        help="what to look for in the video, or in all of a manifest; needs --query_model",
+    )
+    add(
+        "--query_model",
+        metavar="FOLDER",
+        help="a SigLIP with both towers as Hugging Face has it: config.json, model.safetensors, "
+        "spiece.model",
+    )
+    add(
+        "--query_weight",
+        type=float,
+        metavar="W",
+        help="share of the query in the score of a segment, from 0 to 1; the rest is the model's "
+        f"own (default: {_QUERY_WEIGHT})",
+    )
+    add(
+        "--num_keyframes",
+        type=int,
+        metavar="K",
+        help="stills of the storyboard, which differ from each other and answer the query, or are "
+        "like the whole video without one; a video of fewer frames, at two per second, has all of "
+        f"them there (default: {SelectionConfig().num_keyframes} with a --query, else none)",
+    )
     distributed.add_flags(parser)
     args = parser.parse_args(argv)
     if (args.video is None) == (args.manifest is None):
@@ -248,7 +289,26 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                 parser.error(f"argument --{name}: a --manifest has a column for it")
     if not 0 < args.budget <= 1:
         parser.error(f"argument --budget: {args.budget} is not above 0 and at most 1")
+    _check_request(parser, args)
     return args
+
+
+def _check_request(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.query is None:
+        for name in ("query_model", "query_weight"):
+            if getattr(args, name) is not None:
+                parser.error(f"argument --{name}: is for a --query, which is not given")
+    else:
+        if not siglip_text.canonicalize_text(args.query):
+            parser.error(f"argument --query: {args.query!r} has no word in it")
+        if args.query_model is None:
+            parser.error("argument --query: give --query_model, too, the folder of a SigLIP")
+        if args.query_weight is None:
+            args.query_weight = _QUERY_WEIGHT
+        if not 0 <= args.query_weight <= 1:
+            parser.error(f"argument --query_weight: {args.query_weight} is not within [0, 1]")
+    if args.num_keyframes is not None and args.num_keyframes < 1:
+        parser.error(f"argument --num_keyframes: {args.num_keyframes} is not at least 1")
 
 
 def _threshold(text: str) -> str | tuple[float, ...]:
@@ -263,6 +323,100 @@ def _threshold(text: str) -> str | tuple[float, ...]:
             f"{text!r} is neither auto nor off, nor a number from 0 to 1, nor several with commas"
         )
     return tuple(math.inf if value is None else value for value in values)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Query:
+    """What to look for, as a model takes it."""
+
+    text: str
+    weight: float  # share of the query in the score of a segment
+    folder: epath.Path  # of the model, as Hugging Face has it
+    model: TwoTowersConfig
+    resize: str  # how it wants pictures resized
+    tokens: np.ndarray  # int32[T]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is wanted of a video beside its summary: a storyboard, and what to look for."""
+
+    selection: SelectionConfig
+    query: Query | None = None
+
+
+def request_of(args: argparse.Namespace) -> Request | None:
+    """What flags ask for; None = neither a query nor keyframes.
+
+    Raises:
+      UserError: the query's model is no SigLIP, its tokenizer is another's, or it takes no query of
+        this length.
+    """
+    if args.query is None and args.num_keyframes is None:
+        return None
+    given = {} if args.num_keyframes is None else {"num_keyframes": args.num_keyframes}
+    query = None
+    if args.query is not None:
+        text, folder = printable(args.query), files.locate(args.query_model)
+        query = read_query(text, folder, args.query_weight)
+    return Request(selection=SelectionConfig(**given), query=query)
+
+
+def read_query(text: str, folder: epath.Path, weight: float) -> Query:
+    """A query in the tokens of a model; its weights are not read.
+
+    Raises:
+      UserError: as `request_of`.
+    """
+    model = convert_two_towers.read_config(folder)
+    path = folder / _QUERY_TOKENIZER
+    tokens = siglip_text.SiglipTokenizer(path, text_len=model.txt.text_len)
+    if tokens.vocab_size != model.txt.vocab_size:
+        raise UserError(
+            f"{path} has {tokens.vocab_size} pieces, and the text tower beside it takes "
+            f"{model.txt.vocab_size}; give --query_model a folder whose files belong together"
+        )
+    try:
+        encoded = tokens.encode_whole(text)
+    except UserError as error:
+        raise UserError(f"--query: {error}") from None
+    return Query(
+        text=text,
+        weight=weight,
+        folder=folder,
+        model=model,
+        resize=convert_two_towers.read_resize(folder, model.img.image_size),
+        tokens=encoded,
+    )
+
+
+def make_finder(request: Request, student: Student) -> KeyframeFinder:
+    """Finds keyframes by the query, or without one by what the student's image tower sees.
+
+    Raises:
+      UserError: the weights of the query's model are missing, damaged, or another model's.
+    """
+    mesh, query = long_video.device_mesh(), request.query
+    if query is None:
+        return long_video.by_mean(
+            student.model_config,
+            student.params,
+            resize=student.encoder.resize,
+            config=request.selection,
+            mesh=mesh,
+        )
+    _say(f"loading {query.folder}")
+    whole = long_video.on_every_device(mesh)
+    shardings = jax.tree.map(lambda _: whole, two_towers.abstract_params(query.model))
+    params, _ = convert_two_towers.load(query.folder, query.model, shardings)
+    return long_video.by_query(
+        query.model,
+        params,
+        query.tokens,
+        resize=query.resize,
+        config=request.selection,
+        mesh=mesh,
+    )
 
 
 class Student:
@@ -465,9 +619,10 @@ class Film:
     video: Video
     decoded: DecodedVideo | None  # None after `without_pictures`
     notes: tuple[str, ...]  # what a person should know about the file, in sentences
+    found: long_video.Found | None = None  # of its frames, if they were looked at for keyframes
 
     def num_bytes(self) -> int:
-        """Of pictures and sound, in memory."""
+        """Of pictures and sound, in temporary files."""
         waveform = self.video.waveform
         return self.decoded.frames.nbytes + (0 if waveform is None else waveform.nbytes)
 
@@ -485,8 +640,9 @@ def read_film(
     title: str | None = None,
     subtitles_path: str | os.PathLike | None = None,
     name: str | None = None,
+    finder: KeyframeFinder | None = None,
 ) -> Film:
-    """Decodes pictures, sound and subtitles.
+    """Decodes pictures, sound and subtitles; pictures and sound go to temporary files.
 
     Args:
       path: the file.
@@ -495,18 +651,30 @@ def read_film(
       title: what it is about; None takes the file's name.
       subtitles_path: None looks beside and inside the file, "none" takes none.
       name: what to call the file; None = its path.
+      finder: looks for keyframes meanwhile; None = nobody does.
 
     Raises:
-      UserError: the file holds no picture that decodes, or the subtitles are malformed.
+      UserError: the file holds no picture that decodes, or the subtitles are malformed, or the disk
+        of temporary files is full.
     """
     # Quick, so a mistake shows at once.
     cues = [] if subtitles_path == "none" else subtitles.load_subtitles(path, subtitles_path)
-    decoded = decode_video(path, frame_rate=_FRAME_RATE, size=(size, size), resize=resize)
-    waveform = audio.decode_audio(path)
+    watch, others = None, []
+    if finder is not None:
+        watch = finder.watch()
+        seen_size = (finder.image_size, finder.image_size)
+        others = [View(see=watch.see, size=seen_size, resize=finder.resize)]
+    decoded = decode_video(
+        path, frame_rate=_FRAME_RATE, size=(size, size), resize=resize, others=others
+    )
+    found = None if watch is None else watch.finish()
+    waveform = SoundSpool()
+    if not audio.hear_audio(path, waveform.write):
+        waveform = None
     info, notes = decoded.info, list(decoded.info.notes)
     if waveform is None:
         notes.append("no sound: judged by picture and text")
-    elif not np.any(waveform):
+    elif waveform.is_silent:
         notes.append("the sound is silent throughout")
     if info.n_frames == 1:
         notes.append("the video is a single picture")
@@ -515,6 +683,11 @@ def read_film(
         notes.append(
             f"the film is {width} x {height}, its source {info.width} x {info.height}: "
             "H.264 needs even sizes"
+        )
+    if found is not None and len(found.index) < finder.config.num_keyframes:
+        notes.append(
+            f"the storyboard has all {len(found.index)} frames of the video, at {_FRAME_RATE:g} a "
+            f"second, which are fewer than {finder.config.num_keyframes}"
         )
     video = Video(
         title=printable(title if title is not None else pathlib.Path(path).stem.replace("_", " ")),
@@ -525,10 +698,19 @@ def read_film(
         waveform=waveform,
     )
     name = str(path if name is None else name)
-    return Film(path=str(path), name=name, video=video, decoded=decoded, notes=tuple(notes))
+    return Film(
+        path=str(path), name=name, video=video, decoded=decoded, notes=tuple(notes), found=found
+    )
 
 
-def summarize(film: Film, student: Student, *, budget: float, policy: ExitPolicy) -> dict[str, Any]:
+def summarize(
+    film: Film,
+    student: Student,
+    *,
+    budget: float,
+    policy: ExitPolicy,
+    request: Request | None = None,
+) -> dict[str, Any]:
     """Scores a film and chooses its shots; the content of summary.json but for the keyframes.
 
     Args:
@@ -536,6 +718,7 @@ def summarize(film: Film, student: Student, *, budget: float, policy: ExitPolicy
       student: the model.
       budget: share of the film to keep.
       policy: when a segment leaves.
+      request: what the film was read with; None = no storyboard.
 
     Raises:
       UserError: the film is too short for a summary of this budget, or its pictures stay longer
@@ -547,7 +730,7 @@ def summarize(film: Film, student: Student, *, budget: float, policy: ExitPolicy
     except VideoError as error:
         raise error.__cause__ from None
     exit_layers = student.model_config.exit_layers
-    return choose(film, bounds, scores, exit_layers, budget=budget, policy=policy)
+    return choose(film, bounds, scores, exit_layers, budget=budget, policy=policy, request=request)
 
 
 def _check_length(film: Film, budget: float) -> None:
@@ -570,8 +753,10 @@ def choose(
     *,
     budget: float,
     policy: ExitPolicy,
+    request: Request | None = None,
 ) -> dict[str, Any]:
     """Chooses the shots of a film whose segments are scored, as `summarize` does."""
+    segment_scores, told = _focused(film, bounds, scores.importance, request)
     duration_s = film.video.duration_s
     budget_s = budget * duration_s
     # ---- Shots: found on the pictures, valued by the segments they lie in ----
@@ -584,7 +769,7 @@ def choose(
         max_shot_s=shots.shot_limit_s(duration_s, budget),
         duration_s=duration_s,
     )
-    frame_scores = scores.importance[np.searchsorted(bounds[1:, 0], native.native_times, "right")]
+    frame_scores = segment_scores[np.searchsorted(bounds[1:, 0], native.native_times, "right")]
     shot_scores = select.shot_scores(frame_scores, found)
     # ---- Choice: what fits the budget ----
     lengths_s = np.array([shot.end_s - shot.start_s for shot in found])
@@ -609,16 +794,18 @@ def choose(
         "duration_s": duration_s,
         "budget": budget,
         "exit_policy": policy.to_json(),
+        **_asked(request),
         "segments": [
             {
                 "start_s": float(start),
                 "end_s": float(end),
                 "score": float(score),
+                **more,
                 "exit_layer": exit_layers[exit_],
                 "selected": bool(held > (end - start) / 2),  # most of it is in the summary
             }
-            for (start, end), score, exit_, held in zip(
-                bounds, scores.importance, scores.exit_index, inside, strict=True
+            for (start, end), score, more, exit_, held in zip(
+                bounds, segment_scores, told, scores.exit_index, inside, strict=True
             )
         ],
         "shots": [
@@ -631,8 +818,46 @@ def choose(
             for shot, score, taken in zip(found, shot_scores, chosen, strict=True)
         ],
         "selected_s": float(sum(end - start for start, end in kept)),
+        **_storyboard(film),
         "notes": list(film.notes),
     }
+
+
+def _focused(
+    film: Film, bounds: np.ndarray, importance: np.ndarray, request: Request | None
+) -> tuple[np.ndarray, list[dict[str, float]]]:
+    """Scores of segments float[M], with what a query makes of them; and what they are made of."""
+    if request is None or request.query is None:
+        return importance, [{} for _ in importance]
+    relevance = long_video.segment_relevance(film.found.relevance, film.video.frame_times, bounds)
+    told = [
+        {"importance": float(own), "relevance": float(asked)}
+        for own, asked in zip(importance, relevance, strict=True)
+    ]
+    return long_video.focus(importance, relevance, request.query.weight), told
+
+
+def _asked(request: Request | None) -> dict[str, Any]:
+    """A query, as summary.json has it."""
+    if request is None or request.query is None:
+        return {}
+    return {"query": request.query.text, "query_weight": request.query.weight}
+
+
+def _storyboard(film: Film) -> dict[str, Any]:
+    """Keyframes, as summary.json has them but for their files."""
+    if film.found is None:
+        return {}
+    found, times = film.found, film.video.frame_times
+    keyframes = [
+        {
+            "time_s": float(times[index]),
+            "relevance": float(found.relevance[index]),
+            "filled": bool(is_filled),
+        }
+        for index, is_filled in zip(found.index, found.is_filled, strict=True)
+    ]
+    return {"storyboard": keyframes}
 
 
 def _share(length_s: float, duration_s: float) -> str:
@@ -643,7 +868,7 @@ def _share(length_s: float, duration_s: float) -> str:
 def write_outputs(
     film: Film, summary: dict[str, Any], folder: pathlib.Path, *, num_layers: int
 ) -> None:
-    """Writes summary.mp4, summary.json, keyframes/ and report.html into `folder`."""
+    """Writes what the command promises into `folder`; storyboard/ if the summary has one."""
     kept = [(shot["start_s"], shot["end_s"]) for shot in summary["shots"] if shot["selected"]]
     render.render_summary(film.path, kept, folder / "summary.mp4")
     times = render.keyframe_times(
@@ -651,14 +876,27 @@ def write_outputs(
         np.array([(segment["start_s"], segment["end_s"]) for segment in summary["segments"]]),
         np.array([segment["score"] for segment in summary["segments"]]),
     )
-    stills = render.save_keyframes(film.path, times, folder / "keyframes")
-    found = summary | {"keyframes": [still.relative_to(folder).as_posix() for still in stills]}
+    wanted = [(times, folder / "keyframes")]
+    if "storyboard" in summary:
+        shown = [entry["time_s"] for entry in summary["storyboard"]]
+        wanted.append((shown, folder / "storyboard"))
+    stills, *boards = render.save_sets_of_keyframes(film.path, wanted)
+    name = lambda path: path.relative_to(folder).as_posix()
+    found = summary | {"keyframes": [name(still) for still in stills]}
+    board, sheet = (boards[0] if boards else []), None
+    if boards:
+        entries = zip(summary["storyboard"], board, strict=True)
+        found["storyboard"] = [entry | {"file": name(path)} for entry, path in entries]
+        sheet = folder / "storyboard" / storyboard.CONTACT_SHEET
+        storyboard.write_contact_sheet(board, found["storyboard"], sheet)
     write_whole(folder / corpus.MARKER, json.dumps(found, indent=2) + "\n")
     report.write_video_report(
         folder / "report.html",
-        summary,
+        found,
         title=film.video.title,
         keyframes=stills,
+        storyboard=board,
+        contact_sheet=sheet and name(sheet),
         transcript=[(cue.start_s, cue.end_s, cue.text) for cue in film.video.cues],
         notes=film.notes,
         film="summary.mp4",
@@ -679,6 +917,8 @@ class Task:
     left: list[Item]  # of `mine`
     student: Student | None  # None where nothing is left for anybody
     policy: ExitPolicy
+    request: Request | None = None
+    finder: KeyframeFinder | None = None  # there with a request, where something is left
 
 
 def _summarize_many(args: argparse.Namespace) -> int:
@@ -725,7 +965,12 @@ def _begin(args: argparse.Namespace) -> Task:
     items = corpus.read_manifest(files.locate(args.manifest))
     config, judge = _run_config(args.checkpoint), _identity(args.checkpoint)
     policy = policy_asked_for(args.exit_threshold, args.checkpoint, config)
-    settings = judge | {"budget": args.budget, "exit_policy": policy.to_json()}
+    request = request_of(args)
+    settings = judge | {
+        "budget": args.budget,
+        "exit_policy": policy.to_json(),
+        **_request_settings(request),
+    }
     rows = hashlib.sha256(repr(items).encode("utf-8", "surrogateescape")).hexdigest()
     distributed.check_same(
         "command", json.dumps(settings | {"out": str(args.out), "manifest": rows})
@@ -739,14 +984,30 @@ def _begin(args: argparse.Namespace) -> Task:
     home.clear(left)
     # By all or by none: processes open checkpoints together.
     finished = {item.id for item in items} <= done
+    student = None if finished else Student(args.checkpoint)
     return Task(
         corpus=home,
         items=items,
         mine=mine,
         left=left,
-        student=None if finished else Student(args.checkpoint),
+        student=student,
         policy=policy,
+        request=request,
+        finder=None if request is None or student is None else make_finder(request, student),
     )
+
+
+def _request_settings(request: Request | None) -> dict[str, Any]:
+    """What of a request results depend on; None stands for what is not asked for."""
+    names = ("num_keyframes", "query", "query_weight", "query_model")
+    settings: dict[str, Any] = dict.fromkeys(names)
+    if request is None:
+        return settings
+    settings["num_keyframes"] = request.selection.num_keyframes
+    if request.query is not None:
+        which = convert_two_towers.fingerprint(request.query.folder, [_QUERY_TOKENIZER])
+        settings |= _asked(request) | {"query_model": which}
+    return settings
 
 
 def _identity(run: epath.Path) -> dict[str, Any]:
@@ -794,6 +1055,7 @@ def make_steps(task: Task, *, budget: float) -> corpus.Steps[_Opened, _Opened]:
                     title=item.title,
                     subtitles_path=words,
                     name=os.fspath(item.video),
+                    finder=task.finder,
                 )
                 _check_length(film, budget)
             return _Opened(film=film, copies=copies.pop_all())
@@ -815,7 +1077,14 @@ def make_steps(task: Task, *, budget: float) -> corpus.Steps[_Opened, _Opened]:
             return result
         film = opened.film
         try:
-            summary = choose(film, *result, exit_layers, budget=budget, policy=task.policy)
+            summary = choose(
+                film,
+                *result,
+                exit_layers,
+                budget=budget,
+                policy=task.policy,
+                request=task.request,
+            )
         except Exception as error:
             failed = VideoError()
             failed.__cause__ = error

@@ -721,7 +721,7 @@ def test_nothing_is_left_of_a_summary_that_was_stopped(
     def stops(*args, **kwargs):
         raise stop
 
-    name = {render: "save_keyframes", report: "write_video_report"}[module]
+    name = {render: "save_sets_of_keyframes", report: "write_video_report"}[module]
     monkeypatch.setattr(module, name, stops)
     out = tmp_path / "a" / "out"
     if exists:

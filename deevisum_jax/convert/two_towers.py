@@ -36,6 +36,7 @@ In big_vision only names differ:
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -51,9 +52,10 @@ from deevisum_jax.convert.rows import Converted, Row, fill, match
 from deevisum_jax.convert.safetensors import open_safetensors
 from deevisum_jax.convert.tensors import Tensor, read
 from deevisum_jax.errors import UserError
-from deevisum_jax.files import exists, locate, read_json
+from deevisum_jax.files import exists, locate, open_binary, read_json
 from deevisum_jax.models.pytree import Params
-from deevisum_jax.models.two_towers import TwoTowersConfig, abstract_params
+from deevisum_jax.models.siglip import SiglipConfig
+from deevisum_jax.models.two_towers import TextConfig, TwoTowersConfig, abstract_params
 
 _BIG_VISION_NAMES = (
     ("img/map_head/", "img/MAPHead_0/"),
@@ -61,6 +63,21 @@ _BIG_VISION_NAMES = (
     ("txt/Transformer/", "txt/Encoder_0/"),
 )
 _CONFIG_FILE = "config.json"
+_SLAB = 2**24  # bytes
+_PREPROCESSOR_FILE = "preprocessor_config.json"
+_RESIZES = {2: "bilinear", 3: "bicubic"}  # PIL's codes, which transformers writes
+# Fields of a tower in config.json, and what transformers takes where a file leaves them out.
+_SIZES = {
+    "width": ("hidden_size", 768),
+    "depth": ("num_hidden_layers", 12),
+    "mlp_dim": ("intermediate_size", 3072),
+    "num_heads": ("num_attention_heads", 12),
+}
+_IMG_SIZES = _SIZES | {"image_size": ("image_size", 224), "patch_size": ("patch_size", 16)}
+_TXT_SIZES = _SIZES | {
+    "vocab_size": ("vocab_size", 32_000),
+    "text_len": ("max_position_embeddings", 64),
+}
 
 
 def load(
@@ -103,6 +120,110 @@ def load(
         )
     report = match(tensors, rows, abstract, path=str(path)) + lines
     return fill(tensors, rows, abstract), report
+
+
+def read_config(folder: str | os.PathLike, **overrides: Any) -> TwoTowersConfig:
+    """The sizes that a Hugging Face folder tells of its SigLIP.
+
+    Args:
+      folder: of a `SiglipModel`, local or in a bucket.
+      **overrides: fields of `TwoTowersConfig`, for instance `dtype="bfloat16"`.
+
+    Raises:
+      UserError: there is no config.json, it is damaged or of another kind of model.
+    """
+    path = locate(folder)
+    file = path / _CONFIG_FILE
+    theirs = _read_config_file(path)
+    if theirs is None:
+        raise UserError(
+            f"{path} is no folder with a SigLIP: {_CONFIG_FILE} is missing; give a folder as "
+            "google/siglip-base-patch16-224 is on Hugging Face"
+        )
+    img, txt = (
+        {ours: _count(file, theirs, section, *field) for ours, field in fields.items()}
+        for section, fields in (("vision_config", _IMG_SIZES), ("text_config", _TXT_SIZES))
+    )
+    crops = bool(img["image_size"] % img["patch_size"])
+    config = TwoTowersConfig(
+        img=SiglipConfig(**img, crop_to_patches=crops), txt=TextConfig(**txt), **overrides
+    )
+    _check_config(path, config)
+    return config
+
+
+def read_resize(folder: str | os.PathLike, image_size: int) -> str:
+    """How a Hugging Face folder wants pictures resized, `bilinear` or `bicubic`.
+
+    Args:
+      folder: as in `read_config`.
+      image_size: height and width of the model's pictures, pixels.
+
+    Raises:
+      UserError: preprocessor_config.json asks for what is not done here.
+    """
+    file = locate(folder) / _PREPROCESSOR_FILE
+    if not exists(file):
+        return "bicubic"  # SiglipImageProcessor's default
+    theirs = read_json(file)
+    offenders = [
+        f"{field}: {theirs[field]!r}, wanted {wanted!r}"
+        for field, wanted in (
+            ("image_mean", [0.5] * 3),
+            ("image_std", [0.5] * 3),
+            ("size", {"height": image_size, "width": image_size}),
+        )
+        if theirs.get(field, wanted) != wanted
+    ]
+    code = theirs.get("resample", 3)
+    if type(code) is not int or code not in _RESIZES:
+        offenders.append(f"resample: {code!r}, wanted 2 (bilinear) or 3 (bicubic)")
+    if offenders:
+        raise UserError(
+            f"{file} prepares pictures otherwise than SigLIP does; use the folder of a SigLIP:\n  "
+            + "\n  ".join(offenders)
+        )
+    return _RESIZES[code]
+
+
+def fingerprint(folder: str | os.PathLike, others: Iterable[str] = ()) -> str:
+    """16 hexadecimal digits of all that results with a Hugging Face folder depend on.
+
+    Its files are read whole.
+
+    Args:
+      folder: as in `read_config`.
+      others: names of files of it beside the model's own, such as the tokenizer's.
+
+    Raises:
+      UserError: one of them is missing.
+    """
+    path = locate(folder)
+    names = [_CONFIG_FILE, *others]
+    if exists(path / _PREPROCESSOR_FILE):
+        names.append(_PREPROCESSOR_FILE)
+    weights = sorted({os.fspath(tensor.file) for tensor in open_safetensors(path).values()})
+    digest = hashlib.sha256()
+    for file in (*(path / name for name in sorted(names)), *map(locate, weights)):
+        with open_binary(file) as stream:
+            while slab := stream.read(_SLAB):
+                digest.update(slab)
+    return digest.hexdigest()[:16]
+
+
+def _count(file: epath.Path, theirs: Mapping[str, Any], section: str, field: str, default: int):
+    """A size that config.json tells.
+
+    Raises:
+      UserError: it is none.
+    """
+    sizes = theirs.get(section) or {}
+    value = sizes.get(field, default) if isinstance(sizes, dict) else None
+    if type(value) is not int or not 0 < value < 10**6:
+        raise UserError(
+            f"{file}: {section}.{field} is {value!r}, no size; use the folder of a SigLIP"
+        )
+    return value
 
 
 def big_vision_rows(config: TwoTowersConfig, names: Iterable[str] = ()) -> list[Row]:
@@ -221,20 +342,15 @@ def _without_position_ids(
     return rest, lines
 
 
-def _check_config(path: epath.Path, config: TwoTowersConfig) -> None:
-    """Refuses other models, and what the tensors' shapes do not tell.
+def _read_config_file(path: epath.Path) -> dict[str, Any] | None:
+    """Of a folder, or of that of a file; None if there is none.
 
     Raises:
-      UserError: `config.json` is missing from a folder, damaged, or of another model.
+      UserError: it is damaged, or of another model.
     """
     file = (path if path.is_dir() else path.parent) / _CONFIG_FILE
-    if not file.exists():
-        if path.is_dir():
-            raise UserError(
-                f"{file} is missing, which tells what model the folder holds; copy it from the "
-                "model's page, or give the .safetensors file itself"
-            )
-        return
+    if not exists(file):
+        return None
     theirs = read_json(file)
     model_type = theirs.get("model_type")
     if model_type != "siglip":
@@ -244,6 +360,24 @@ def _check_config(path: epath.Path, config: TwoTowersConfig) -> None:
         raise UserError(
             f"{file} says model_type {model_type!r}, wanted 'siglip' with both towers{hint}"
         )
+    return theirs
+
+
+def _check_config(path: epath.Path, config: TwoTowersConfig) -> None:
+    """Refuses other models, and what the tensors' shapes do not tell.
+
+    Raises:
+      UserError: `config.json` is missing from a folder, damaged, or of another model.
+    """
+    file = (path if path.is_dir() else path.parent) / _CONFIG_FILE
+    theirs = _read_config_file(path)
+    if theirs is None:
+        if path.is_dir():
+            raise UserError(
+                f"{file} is missing, which tells what model the folder holds; copy it from the "
+                "model's page, or give the .safetensors file itself"
+            )
+        return
     offenders = []
     for section, tower in (("vision_config", config.img), ("text_config", config.txt)):
         given = theirs.get(section) or {}

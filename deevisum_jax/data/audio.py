@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+from collections.abc import Callable
 
 import av
 import numpy as np
@@ -40,13 +41,37 @@ MIN_LIKENESS_S = 0.5  # shorter windows hold too little rhythm to tell speech or
 def decode_audio(path: str | os.PathLike) -> np.ndarray | None:
     """Decodes the default sound stream to 16 kHz mono, aligned to the first video frame.
 
-    Sound before the first frame is cut; a late start, gaps and skipped damaged packets are zeros.
-    Channels are mixed down by FFmpeg's normalised matrix, so the result cannot clip. In a file
-    without pictures time 0 is the first sound.
-
     Returns:
       float32[n] in [-1, 1], sample 0 at the video's time 0 (it may end before or after the
       pictures do); None when there is no sound stream.
+
+    How it is aligned and what it raises are those of `hear_audio`.
+    """
+    pieces: list[tuple[int, np.ndarray]] = []
+    if not hear_audio(path, lambda start, samples: pieces.append((start, samples))):
+        return None
+    out = np.zeros(max((start + len(piece) for start, piece in pieces), default=0), np.float32)
+    for start, piece in pieces:
+        out[start : start + len(piece)] = piece.astype(np.float32) / 32768
+    return out
+
+
+def hear_audio(path: str | os.PathLike, hear: Callable[[int, np.ndarray], object]) -> bool:
+    """Decodes the default sound stream to 16 kHz mono and hands it over piece by piece.
+
+    Sound before the first frame is cut; a late start, gaps and skipped damaged packets are places
+    that nothing is handed over for. Channels are mixed down by FFmpeg's normalised matrix, so the
+    result cannot clip. In a file without pictures time 0 is the first sound. Nothing is kept, so
+    hours of sound stream through.
+
+    Args:
+      path: the file.
+      hear: is given the place of each piece's first sample, counted from the video's time 0, and
+        the samples, int16[n]. Pieces of a stream whose clock jumps back may overlap; the later one
+        counts.
+
+    Returns:
+      Whether there is a sound stream.
 
     Raises:
       UserError: the file cannot be opened (see `media.open_media`).
@@ -54,44 +79,44 @@ def decode_audio(path: str | os.PathLike) -> np.ndarray | None:
     with open_media(path) as container:
         stream = audio_stream(container)
         if stream is None:
-            return None
+            return False
         zero_s = presentation_start_s(path)
-        runs: list[_Run] = []
+        run: _Run | None = None
         for frame, time_s in read_sound(container, stream):
-            if not runs or not runs[-1].continues(frame, time_s):
-                if runs:
-                    runs[-1].close()
+            if run is None or not run.continues(frame, time_s):
+                if run is not None:
+                    run.close()
                 if time_s is None:
-                    time_s = runs[-1].end_s if runs else zero_s or 0.0
+                    time_s = run.end_s if run is not None else zero_s or 0.0
                 if zero_s is None:
                     zero_s = time_s
-                runs.append(_Run(frame, time_s))
-            runs[-1].add(frame)
-        if runs:
-            runs[-1].close()
-    pieces = [(round((run.start_s - zero_s) * SAMPLE_RATE), run.samples()) for run in runs]
-    n = max((start + len(piece) for start, piece in pieces), default=0)
-    out = np.zeros(max(n, 0), np.float32)
-    for start, piece in pieces:
-        out[max(start, 0) : max(start + len(piece), 0)] = piece[max(-start, 0) :]
-    return out
+                run = _Run(frame, time_s, round((time_s - zero_s) * SAMPLE_RATE), hear)
+            run.add(frame)
+        if run is not None:
+            run.close()
+    return True
 
 
 class _Run:
     """Frames of sound that follow one another without a gap, resampled as one piece."""
 
-    def __init__(self, first: av.AudioFrame, start_s: float):
-        self.start_s = start_s
+    def __init__(
+        self,
+        first: av.AudioFrame,
+        start_s: float,
+        at: int,
+        hear: Callable[[int, np.ndarray], object],
+    ):
         self._kind = _sound_kind(first)
         self._rate = first.sample_rate
-        self._n = 0
+        self._start_s, self._n = start_s, 0
         # 16-bit output makes swresample normalise its mixing matrix; float output would not.
         self._resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE)
-        self._chunks: list[np.ndarray] = []
+        self._at, self._hear = at, hear  # place of the next sample
 
     @property
     def end_s(self) -> float:
-        return self.start_s + self._n / self._rate
+        return self._start_s + self._n / self._rate
 
     def continues(self, frame: av.AudioFrame, time_s: float | None) -> bool:
         if _sound_kind(frame) != self._kind:
@@ -100,17 +125,19 @@ class _Run:
 
     def add(self, frame: av.AudioFrame) -> None:
         self._n += frame.samples
-        frame.pts = None  # placed by `start_s`; the resampler must not fill or drop on its own
+        frame.pts = None  # placed by `at`; the resampler must not fill or drop on its own
         self._take(self._resampler.resample(frame))
 
     def close(self) -> None:
         self._take(self._resampler.resample(None))
 
     def _take(self, frames: list[av.AudioFrame]) -> None:
-        self._chunks += [frame.to_ndarray()[0] for frame in frames]
-
-    def samples(self) -> np.ndarray:
-        return np.concatenate(self._chunks or [np.zeros(0, np.int16)]).astype(np.float32) / 32768
+        for frame in frames:
+            samples = frame.to_ndarray()[0]
+            start, self._at = self._at, self._at + len(samples)
+            samples = samples[max(-start, 0) :]
+            if len(samples):
+                self._hear(max(start, 0), samples)
 
 
 def _sound_kind(frame: av.AudioFrame) -> tuple[int, str, str]:

@@ -15,6 +15,7 @@ import PIL.Image
 
 from deevisum_jax.data import audio, augment, subtitles
 from deevisum_jax.data.prompts import PromptEncoder
+from deevisum_jax.data.spool import SoundSpool
 from deevisum_jax.errors import UserError
 from deevisum_jax.typing import INPUTS, RESIZES
 
@@ -28,10 +29,10 @@ class Video:
 
     title: str
     duration_s: float
-    frames: Sequence[np.ndarray | bytes]  # uint8[H, W, 3] or encoded JPEG
+    frames: Sequence[np.ndarray | bytes]  # uint8[H, W, 3] or encoded JPEG; in memory or not
     frame_times: np.ndarray  # float[N]
     cues: Sequence[subtitles.Cue]
-    waveform: np.ndarray | None  # float32[n], 16 kHz mono
+    waveform: np.ndarray | SoundSpool | None  # float32[n], 16 kHz mono; slices of it are read
     captions: Sequence[subtitles.Cue] = ()  # what is seen and heard, told by people; for training
 
 

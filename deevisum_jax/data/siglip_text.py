@@ -9,7 +9,6 @@ text. SigLIP 2 has Gemma's pieces and keeps punctuation; it is not served here.
 from __future__ import annotations
 
 import os
-import pathlib
 import string
 from collections.abc import Sequence
 
@@ -17,6 +16,7 @@ import numpy as np
 import sentencepiece
 
 from deevisum_jax.errors import UserError
+from deevisum_jax.files import exists, locate, open_binary
 
 EOS = PAD = 1
 TEXT_LEN = 64  # tokens, in all released sizes but So400m/14 at 224 pixels, which has 16
@@ -44,14 +44,15 @@ class SiglipTokenizer:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, text_len: int = TEXT_LEN):
-        path = pathlib.Path(path)
-        if not path.is_file():
+        path = locate(path)
+        if not exists(path) or path.is_dir():
             raise UserError(
                 f"tokenizer {path} is not a file; give the path of SigLIP's spiece.model"
             )
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
-            self._processor.LoadFromSerializedProto(path.read_bytes())
+            with open_binary(path) as file:
+                self._processor.LoadFromSerializedProto(file.read())
         except RuntimeError as error:
             raise UserError(f"tokenizer {path} is not a SentencePiece model ({error})") from None
         eos, bos = self._processor.eos_id(), self._processor.bos_id()
@@ -67,6 +68,22 @@ class SiglipTokenizer:
     def vocab_size(self) -> int:
         """Number of pieces, the text tower's `vocab_size`: 32,000 for the English models."""
         return self._processor.vocab_size()
+
+    def encode_whole(self, text: str) -> np.ndarray:
+        """int32[T], one text that is not cut.
+
+        Raises:
+          UserError: there is no word in it, or it is longer than a row.
+        """
+        num_pieces = len(self._processor.encode(canonicalize_text(text)))
+        if not num_pieces:
+            raise UserError(f"{text!r} has no word in it; write what is to be seen")
+        if num_pieces > self._text_len - 1:
+            raise UserError(
+                f"{text!r} has {num_pieces} tokens, and the text tower takes {self._text_len - 1} "
+                "and their end; say it in fewer words"
+            )
+        return self([text])[0]
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """int32[B, T], a row per text; what is too long is cut, but for its end."""

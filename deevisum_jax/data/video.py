@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import av
 import numpy as np
@@ -18,6 +18,7 @@ from av.container import InputContainer
 from av.video.reformatter import Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
+from deevisum_jax.data.spool import PictureSpool
 from deevisum_jax.errors import UserError
 from deevisum_jax.media import FrameReader, audio_stream, open_media, upright_turn, video_stream
 
@@ -52,11 +53,20 @@ class VideoInfo:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class View:
+    """How somebody wants to see the sampled frames of a video."""
+
+    see: Callable[[np.ndarray], object]  # is given each in order, uint8[H, W, 3], RGB
+    size: tuple[int, int] | None = None  # (height, width) in pixels; None = the native size
+    resize: str = "bilinear"  # or bicubic
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodedVideo:
     """Frames sampled at a steady rate, with the native timeline beside them."""
 
     info: VideoInfo
-    frames: np.ndarray  # uint8[N, H, W, 3], RGB
+    frames: PictureSpool  # N of uint8[H, W, 3], RGB; on disk until nothing refers to them
     frame_times: np.ndarray  # float64[N], seconds: k / frame_rate
     native_times: np.ndarray  # float64[n_frames], start of every native frame in seconds
     change: np.ndarray  # float32[n_frames] in [0, 1], difference to the frame before; 0 first
@@ -78,23 +88,27 @@ def decode_video(
     frame_rate: float = 2.0,
     size: tuple[int, int] | None = None,
     resize: str = "bilinear",
+    others: Sequence[View] = (),
 ) -> DecodedVideo:
     """Decodes the default video stream once and keeps the frames on screen at k / frame_rate.
+
+    They are kept in a temporary file, so that memory does not grow with the video's length but for
+    some numbers per native frame.
 
     Returns:
       The sampled frames; N = ceil(duration_s * frame_rate), at least 1.
 
-    Arguments, the timeline and errors are those of `show_video`.
+    Raises:
+      UserError: the disk of temporary files is full; or as `show_video`, whose the arguments and
+        the timeline are, too.
     """
-    pictures: list[np.ndarray | None] = []  # a repeated picture is stored once
-    timeline = show_video(path, pictures.append, frame_rate=frame_rate, size=size, resize=resize)
-    frames = np.empty((len(pictures), *pictures[0].shape), np.uint8)
-    for k in range(len(frames)):
-        frames[k] = pictures[k]
-        pictures[k] = None  # given back at once: the peak stays near one copy
+    pictures = PictureSpool()
+    timeline = show_video(
+        path, pictures.append, frame_rate=frame_rate, size=size, resize=resize, others=others
+    )
     return DecodedVideo(
         info=timeline.info,
-        frames=frames,
+        frames=pictures,
         frame_times=timeline.frame_times,
         native_times=timeline.native_times,
         change=timeline.change,
@@ -108,6 +122,7 @@ def show_video(
     frame_rate: float = 2.0,
     size: tuple[int, int] | None = None,
     resize: str = "bilinear",
+    others: Sequence[View] = (),
     one_thread: bool = False,
 ) -> Timeline:
     """Decodes the default video stream once and hands over the frames on screen at k / frame_rate.
@@ -123,6 +138,7 @@ def show_video(
       size: `(height, width)` in pixels of the upright frames, whose aspect is not kept; None keeps
         the native size.
       resize: bilinear or bicubic, with antialias.
+      others: who sees the same frames beside `see`, in another size perhaps.
       one_thread: costs a tenth less CPU time, for whoever decodes a video on every core at once.
 
     Returns:
@@ -137,10 +153,12 @@ def show_video(
         raise UserError(
             f"frame_rate must be a positive number of frames per second, got {frame_rate}"
         )
-    if size is not None and (len(size) != 2 or min(size) < 1):
-        raise UserError(f"size must be (height, width) in pixels, both at least 1, got {size}")
+    views = (View(see=see, size=size, resize=resize), *others)
+    for size in (view.size for view in views):
+        if size is not None and (len(size) != 2 or min(size) < 1):
+            raise UserError(f"size must be (height, width) in pixels, both at least 1, got {size}")
 
-    sampler = _Sampler(frame_rate, size, _RESIZES[resize], see)
+    sampler = _Sampler(frame_rate, views)
     native_times: list[float] = []
     change: list[float] = []
     shrink = VideoReformatter()
@@ -228,19 +246,12 @@ def _last_error(reader: FrameReader) -> str:
 class _Sampler:
     """Hands over the picture on screen at each k / frame_rate while frames pass by once."""
 
-    def __init__(
-        self,
-        frame_rate: float,
-        size: tuple[int, int] | None,
-        resize: Interpolation,
-        see: Callable[[np.ndarray], object],
-    ):
+    def __init__(self, frame_rate: float, views: Sequence[View]):
         self._frame_rate = frame_rate
-        self._size = size
-        self._resize = resize
-        self._reformatter = VideoReformatter()
+        self._views = views
+        # One for each way of seeing a frame, since it keeps what it has prepared for it.
+        self._reformatters = {(view.size, view.resize): VideoReformatter() for view in views}
         self._on_screen: av.VideoFrame | None = None
-        self._see = see
         self.num_shown = 0
         self._stored_size: tuple[int, int] | None = None  # (width, height) before rotation
         self._size_changes = False
@@ -249,11 +260,8 @@ class _Sampler:
         if self._on_screen is None:
             self._stored_size = frame.width, frame.height
             self._turn = upright_turn(frame)
-            swap = self._turn[0] % 2 == 1
             w, h = self._stored_size
-            self.upright_w, self.upright_h = (h, w) if swap else (w, h)
-            height, width = self._size or (self.upright_h, self.upright_w)
-            self._target_w, self._target_h = (height, width) if swap else (width, height)
+            self.upright_w, self.upright_h = (h, w) if self._turn[0] % 2 else (w, h)
         else:
             self._size_changes |= (frame.width, frame.height) != self._stored_size
             self._emit_until(time_s - slack_s)
@@ -264,18 +272,24 @@ class _Sampler:
 
     def _emit_until(self, end_s: float) -> None:
         """Hands over the picture on screen for every sample instant before `end_s`."""
-        picture = None
+        pictures = None
         while self.num_shown / self._frame_rate < end_s:
-            if picture is None:
-                picture = self._upright_rgb(self._on_screen)
-            self._see(picture)
+            if pictures is None:
+                pictures = {key: self._upright_rgb(*key) for key in self._reformatters}
+            for view in self._views:
+                view.see(pictures[view.size, view.resize])
             self.num_shown += 1
 
-    def _upright_rgb(self, frame: av.VideoFrame) -> np.ndarray:
-        rgb = self._reformatter.reformat(
-            frame, self._target_w, self._target_h, "rgb24", interpolation=self._resize
-        ).to_ndarray()
+    def _upright_rgb(self, size: tuple[int, int] | None, resize: str) -> np.ndarray:
+        """The frame on screen, turned and resized."""
         quarter_turns, mirrored = self._turn
+        height, width = size or (self.upright_h, self.upright_w)
+        if quarter_turns % 2:
+            height, width = width, height
+        rgb = self._reformatters[size, resize].reformat(
+            self._on_screen, width, height, "rgb24", interpolation=_RESIZES[resize]
+        )
+        rgb = rgb.to_ndarray()
         if mirrored:
             rgb = rgb[:, ::-1]
         return np.rot90(rgb, quarter_turns)

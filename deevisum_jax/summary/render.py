@@ -100,26 +100,38 @@ def save_keyframes(
     Raises:
       UserError: the video cannot be read, a time is negative, or nothing decodes.
     """
-    if any(not (math.isfinite(t) and t >= 0) for t in times_s):
-        raise UserError(f"keyframe times must be seconds from 0 on, got {list(times_s)}")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{k:03d}_{time_s:.2f}s.jpg" for k, time_s in enumerate(times_s)]
-    waiting = sorted(range(len(times_s)), key=lambda k: times_s[k], reverse=True)
+    [paths] = save_sets_of_keyframes(video_path, [(times_s, folder)])
+    return paths
+
+
+def save_sets_of_keyframes(
+    video_path: str | os.PathLike, wanted: Sequence[tuple[Sequence[float], str | os.PathLike]]
+) -> list[list[Path]]:
+    """As `save_keyframes`, for several lists of times and their folders; the video is read once."""
+    paths: list[list[Path]] = []
+    waiting: list[tuple[float, Path]] = []
+    for times_s, folder in wanted:
+        if any(not (math.isfinite(t) and t >= 0) for t in times_s):
+            raise UserError(f"keyframe times must be seconds from 0 on, got {list(times_s)}")
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        paths.append([folder / f"{k:03d}_{time_s:.2f}s.jpg" for k, time_s in enumerate(times_s)])
+        waiting += zip(times_s, paths[-1], strict=True)
+    waiting.sort(key=lambda still: still[0], reverse=True)
     upright = _Upright("rgb24", even=False)
     with media.open_media(video_path) as container:
         on_screen = None
         stream = media.video_stream(container, video_path)
         for frame, time_s in media.FrameReader(container, stream):
-            while waiting and on_screen and times_s[waiting[-1]] < time_s - _SLACK_S:
-                _save_jpeg(upright(on_screen), paths[waiting.pop()])
+            while waiting and on_screen and waiting[-1][0] < time_s - _SLACK_S:
+                _save_jpeg(upright(on_screen), waiting.pop()[1])
             if not waiting:
                 break
             on_screen = frame
         if waiting and on_screen is None:
             raise UserError(f"{video_path}: no picture decodes; play the file to check it")
-        for k in waiting:
-            _save_jpeg(upright(on_screen), paths[k])
+        for _, path in waiting:
+            _save_jpeg(upright(on_screen), path)
     return paths
 
 

@@ -26,7 +26,7 @@ from deevisum_jax.errors import UserError
 from deevisum_jax.files import in_bucket, write_whole
 from deevisum_jax.summary.protocols import Result, cautions
 
-_THUMBNAIL_W = 400  # pixels
+_THUMBNAIL_W, _BOARD_W = 400, 240  # pixels, of a shot's still and of one on the storyboard
 _CURVE_POINTS = 600  # a chart shows no more; more are averaged in equal groups
 _PEOPLE = ("human", "oracle")
 # DEEVISum's early exit as its abstract has it (arXiv 2504.21831).
@@ -72,6 +72,8 @@ def write_video_report(
     *,
     title: str | None = None,
     keyframes: Sequence[str | os.PathLike] = (),
+    storyboard: Sequence[str | os.PathLike] = (),
+    contact_sheet: str | None = None,
     transcript: Sequence[tuple[float, float, str]] = (),
     notes: Sequence[str] = (),
     film: str | None = None,
@@ -83,16 +85,21 @@ def write_video_report(
       path: the HTML file; it appears only when complete.
       summary: the content of summary.json: `video`, `duration_s`, `budget`, `selected_s`,
         `segments` (each `start_s, end_s, score, exit_layer, selected`; `exit_layer` may be None)
-        and `shots` (each `start_s, end_s, score, selected`).
+        and `shots` (each `start_s, end_s, score, selected`). With a query also `query`,
+        `query_weight` and each segment's `relevance`; with keyframes `storyboard` (each `time_s,
+        relevance, filled`).
       title: heading; None = the name of the video file.
       keyframes: one picture file per selected shot, in order of time; or none at all.
+      storyboard: one picture file per entry of the summary's storyboard.
+      contact_sheet: all of these on one picture, as a path relative to the page.
       transcript: `(start_s, end_s, text)` lines.
       notes: plain sentences that a reader should know (a truncated file, no sound ...).
       film: the summary film, as a path relative to the page.
       num_layers: decoder layers of the model; with it the page tells how much depth was saved.
 
     Raises:
-      UserError: a field of the summary is missing, or there are not as many keyframes as shots.
+      UserError: a field of the summary is missing, or there are not as many pictures as shots, or
+        as entries of the storyboard.
     """
     missing = {"video", "duration_s", "budget", "selected_s", "segments", "shots"} - set(summary)
     if missing:
@@ -101,6 +108,12 @@ def write_video_report(
     if keyframes and len(keyframes) != len(chosen):
         raise UserError(
             f"got {len(keyframes)} keyframes for {len(chosen)} selected shots; give one for each"
+        )
+    board = summary.get("storyboard", ())
+    if len(storyboard) != len(board):
+        raise UserError(
+            f"got {len(storyboard)} pictures for the {len(board)} keyframes of the storyboard; "
+            "give one for each"
         )
     duration_s = float(summary["duration_s"])
     cards = [
@@ -135,6 +148,12 @@ def write_video_report(
         best=best if best > 0 else 1.0,
         timeline=_timeline(summary),
         cards=cards,
+        query=summary.get("query"),
+        board=[
+            {"image": _thumbnail(picture, _BOARD_W), **entry}
+            for picture, entry in zip(storyboard, board, strict=True)
+        ],
+        contact_sheet=contact_sheet,
         lines=lines,
         notes=list(notes),
         film=film,
@@ -311,14 +330,25 @@ def _timeline(summary: Mapping[str, Any]) -> dict[str, Any]:
     x = lambda time_s: round(1000 * time_s / max(summary["duration_s"], 1e-9), 2)
     scores = np.array([segment["score"] for segment in segments], float)
     low, high = min(0.0, *scores, 0.0), max(*scores, 1e-9) if len(scores) else 1.0
-    y = lambda score: round(100 - 94 * (score - low) / (high - low), 2)
 
     groups = _groups(len(segments))
-    points = []
-    for group in groups:
-        left, right = x(segments[group[0]]["start_s"]), x(segments[group[-1]]["end_s"])
-        level = y(scores[group].mean())
-        points += [f"{left},{level}", f"{right},{level}"]
+
+    def steps(levels: np.ndarray) -> list[str]:
+        """Corners of a line over the groups' means, from levels in 0..100."""
+        points = []
+        for group in groups:
+            left, right = x(segments[group[0]]["start_s"]), x(segments[group[-1]]["end_s"])
+            level = round(levels[group].mean(), 2)
+            points += [f"{left},{level}", f"{right},{level}"]
+        return points
+
+    points = steps(100 - 94 * (scores - low) / (high - low))
+    asked = np.array([segment.get("relevance", np.nan) for segment in segments], float)
+    relevance = None
+    if len(segments) and np.isfinite(asked).all():
+        least, spread = asked.min(), np.ptp(asked) or 1.0
+        line = " ".join(steps(100 - 94 * (asked - least) / spread))
+        relevance = {"line": line, "low": float(least), "high": float(asked.max())}
     layers = sorted({s["exit_layer"] for s in segments if s.get("exit_layer") is not None})
     colours = dict(zip(layers, _depth_colours(len(layers)), strict=True))
     exits: list[dict[str, Any]] = []
@@ -341,6 +371,7 @@ def _timeline(summary: Mapping[str, Any]) -> dict[str, Any]:
         else "",
         "low": low,
         "high": high,
+        "relevance": relevance,
         "kept": [
             {"x": x(s["start_s"]), "w": x(s["end_s"] - s["start_s"]), **s}
             for s in summary["shots"]
@@ -363,7 +394,8 @@ def write_corpus_index(path: str | os.PathLike, index: Mapping[str, Any]) -> Non
 
     Args:
       path: the HTML file, in a bucket or not.
-      index: the content of index.json: `settings` (`run, step, budget, exit_policy`), `totals`
+      index: the content of index.json: `settings` (`run, step, budget, exit_policy`; `query` if
+        there is one), `totals`
         (`videos, done, failed, left, duration_s, selected_s`) and `videos` (each `id, video,
         state`; a done one also `title, duration_s, selected_s, shots, mean_exit_layer, still,
         notes`, a failed one `reason`).
@@ -688,7 +720,7 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     return rows
 
 
-def _thumbnail(path: str | os.PathLike) -> str:
+def _thumbnail(path: str | os.PathLike, width: int = _THUMBNAIL_W) -> str:
     """A small copy of a picture file as a data URI."""
     try:
         with Image.open(path) as picture:
@@ -697,13 +729,13 @@ def _thumbnail(path: str | os.PathLike) -> str:
         raise UserError(
             f"{path}: the keyframe cannot be read; write the keyframes first"
         ) from error
-    small.thumbnail((_THUMBNAIL_W, 2 * _THUMBNAIL_W))
+    small.thumbnail((width, 2 * width))
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=82)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     """`1:02:03`, `2:03.4`: tenths only below an hour."""
     tenths = round(seconds * 10)
     hours, rest = divmod(tenths, 36_000)
@@ -732,7 +764,7 @@ def _write(path: str | os.PathLike, template: str, **values: Any) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"clock": _clock, "number": _number, "thousandths": thousandths}
+    environment.filters |= {"clock": clock, "number": _number, "thousandths": thousandths}
     page = environment.get_template(template).render(**values)
     if not in_bucket(path):
         path = Path(path)

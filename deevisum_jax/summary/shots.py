@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -46,7 +47,7 @@ class Shot:
     end_frame: int
 
 
-def frame_descriptors(frames: np.ndarray) -> np.ndarray:
+def frame_descriptors(frames: Sequence[np.ndarray]) -> np.ndarray:
     """What a frame looks like, in few numbers: half colour, half layout.
 
     Colour is the square root of a joint RGB histogram (so that the inner product of two is their
@@ -54,19 +55,19 @@ def frame_descriptors(frames: np.ndarray) -> np.ndarray:
     has norm sqrt(1/2), so the inner product of two descriptors is at most 1.
 
     Args:
-      frames: uint8[N, H, W, 3], RGB.
+      frames: N pictures of uint8[H, W, 3], RGB, in an array or not; one is asked for at a time.
 
     Returns:
       float32[N, 264], L2-normalised rows.
     """
-    frames = np.asarray(frames)
-    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
-        raise UserError(f"frames must be uint8[N, H, W, 3], got {frames.dtype}{list(frames.shape)}")
-    rows = (np.arange(_PIXELS) * frames.shape[1]) // _PIXELS
-    columns = (np.arange(_PIXELS) * frames.shape[2]) // _PIXELS
     cell = _PIXELS // _CELLS
     found = np.empty((len(frames), _BINS**3 + 3 * _CELLS**2), np.float32)
-    for out, frame in zip(found, frames, strict=True):  # one at a time: memory stays small
+    for out, frame in zip(found, frames, strict=True):
+        if np.ndim(frame) != 3 or frame.shape[-1] != 3 or frame.dtype != np.uint8:
+            got = f"{np.asarray(frame).dtype}{[len(frames), *np.shape(frame)]}"
+            raise UserError(f"frames must be uint8[N, H, W, 3], got {got}")
+        rows = (np.arange(_PIXELS) * frame.shape[0]) // _PIXELS
+        columns = (np.arange(_PIXELS) * frame.shape[1]) // _PIXELS
         small = frame[rows[:, None], columns[None]].astype(np.int64)
         bins = small * _BINS // 256
         index = (bins[..., 0] * _BINS + bins[..., 1]) * _BINS + bins[..., 2]
@@ -92,7 +93,7 @@ def shot_limit_s(duration_s: float, budget: float = 0.15) -> float:
 
 
 def detect_shots(
-    frames: np.ndarray,
+    frames: Sequence[np.ndarray],
     frame_times: np.ndarray,
     *,
     native_times: np.ndarray,
@@ -100,10 +101,10 @@ def detect_shots(
     max_shot_s: float | None,
     duration_s: float | None = None,
 ) -> list[Shot]:
-    """The shots of a video whose sampled frames are in memory; see `shots_of`.
+    """The shots of a video whose sampled frames are at hand; see `shots_of`.
 
     Args:
-      frames: uint8[N, H, W, 3], sampled frames.
+      frames: N sampled frames of uint8[H, W, 3], as `frame_descriptors` takes them.
       frame_times: float[N], seconds, ascending.
       native_times: float[n_frames], start of every native frame, seconds, ascending from 0.
       change: float[n_frames], how much native frame i differs from frame i - 1, in [0, 1].
@@ -152,7 +153,7 @@ def shots_of(
     frame_times = np.asarray(frame_times, np.float64)
     native_times = np.asarray(native_times, np.float64)
     change = np.asarray(change, np.float64)
-    descriptors = np.asarray(descriptors, np.float64)
+    descriptors = np.asarray(descriptors)
     if len(descriptors) != len(frame_times) or not len(descriptors):
         raise UserError(
             f"got {len(descriptors)} frames and {len(frame_times)} frame times, want >= 1"
@@ -193,7 +194,10 @@ def shots_of(
 def _borders(descriptors: np.ndarray, step_s: float) -> np.ndarray:
     """int[m]: samples that begin a new shot, found window by window."""
     N = len(descriptors)
-    moved = np.concatenate([[0.0], ((descriptors[1:] - descriptors[:-1]) ** 2).sum(1)])
+    moved = np.zeros(N)
+    for first in range(1, N, _WINDOW):  # in parts: in float64 all of them would be large
+        part = descriptors[first - 1 : first + _WINDOW].astype(np.float64)
+        moved[first : first + _WINDOW] = (np.diff(part, axis=0) ** 2).sum(1)
     starts = [0]
     while N - starts[-1] > 1.5 * _WINDOW:
         # Windows meet where the picture changes most, so that no shot is cut by a window's end.
@@ -202,7 +206,7 @@ def _borders(descriptors: np.ndarray, step_s: float) -> np.ndarray:
     found = []
     for start, end in zip(starts, [*starts[1:], N], strict=True):
         inside = kts.change_points(
-            descriptors[start:end],
+            descriptors[start:end].astype(np.float64),
             max_change_points=max(1, math.floor((end - start) * step_s * _CHANGES_PER_S)),
             penalty=_PENALTY,
             descriptor_rate=max(1.0, step_s * _NOMINAL_FPS),

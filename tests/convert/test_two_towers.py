@@ -1,6 +1,7 @@
 """SigLIP's tensors, in both namings: every one used once, there and back to the bit."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -312,3 +313,75 @@ def test_a_folder_needs_its_config(tmp_path):
 def test_what_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"weights\.bin is no SigLIP checkpoint: give"):
         convert.load(tmp_path / "weights.bin", TINY)
+
+
+# ---- What a folder tells of itself ----
+
+
+@pytest.mark.parametrize("name", ["siglip_b16_256", "siglip_so400m14_224", "siglip_so400m14_384"])
+def test_sizes_are_read_from_transformers_config(tmp_path, name):
+    hf_config(get_config(name)).save_pretrained(tmp_path)
+    assert convert.read_config(tmp_path) == get_config(name)
+    assert convert.read_config(tmp_path, dtype="bfloat16").dtype == "bfloat16"
+
+
+def test_sizes_that_a_config_leaves_out_are_transformers_defaults(tmp_path):
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "siglip", "text_config": {}, "vision_config": {"image_size": 256}}'
+    )
+    assert convert.read_config(tmp_path) == get_config("siglip_b16_256")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": "siglip2"}, "model_type 'siglip2', wanted 'siglip' .* not NaFlex"),
+        ({"model_type": "clip"}, "model_type 'clip', wanted 'siglip'"),
+        ({"text_config": {"hidden_size": 0}}, "text_config.hidden_size is 0, no size"),
+        ({"text_config": {"vocab_size": "x"}}, "text_config.vocab_size is 'x', no size"),
+        ({"vision_config": 3}, "vision_config.hidden_size is None, no size"),
+        ({"vision_config": {"num_hidden_layers": True}}, "num_hidden_layers is True, no size"),
+        ({"text_config": {"hidden_act": "relu"}}, r"text_config.hidden_act: 'relu', wanted"),
+    ],
+)
+def test_a_config_of_no_siglip_is_refused(tmp_path, fields, message):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "siglip"} | fields))
+    with pytest.raises(UserError, match=message):
+        convert.read_config(tmp_path)
+
+
+def test_a_folder_without_a_config_is_no_siglip(tmp_path):
+    for folder in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(UserError, match=r"no folder with a SigLIP: config\.json is missing"):
+            convert.read_config(folder)
+
+
+def test_pictures_are_resized_as_the_folder_says(tmp_path):
+    assert convert.read_resize(tmp_path, 28) == "bicubic"  # transformers' default
+    processor = transformers.SiglipImageProcessor(size={"height": 28, "width": 28}, resample=2)
+    processor.save_pretrained(tmp_path)
+    assert convert.read_resize(tmp_path, 28) == "bilinear"
+    with pytest.raises(UserError, match=r"size: .*28.*, wanted .*56"):
+        convert.read_resize(tmp_path, 56)
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text('{"resample": 0, "image_std": [1, 1, 1]}')
+    with pytest.raises(UserError, match=r"(?s)image_std: .*resample: 0, wanted 2"):
+        convert.read_resize(tmp_path, 28)
+
+
+def test_a_fingerprint_is_of_the_content(folder, tmp_path):
+    here = tmp_path / "here"
+    shutil.copytree(folder, here)
+    (here / "spiece.model").write_bytes(b"pieces")
+    before = convert.fingerprint(here, ["spiece.model"])
+    assert len(before) == 16
+    moved = here.rename(tmp_path / "moved")
+    assert convert.fingerprint(moved, ["spiece.model"]) == before
+    for k, name in enumerate(("config.json", "spiece.model", "model.safetensors")):
+        other = shutil.copytree(moved, tmp_path / str(k))
+        content = bytearray((other / name).read_bytes())
+        content[-1 if name == "model.safetensors" else 0] ^= 1
+        (other / name).write_bytes(content)
+        assert convert.fingerprint(other, ["spiece.model"]) != before
+    with pytest.raises(UserError, match=r"absent\.model does not exist"):
+        convert.fingerprint(moved, ["absent.model"])

@@ -249,3 +249,28 @@ def test_any_length_is_described_in_the_fixed_vocabulary(n):
         words = describe(waveform).split(", ")
         assert set(words) <= set(audio.DESCRIPTION_WORDS)
         assert describe(waveform).split(", ") == words  # the same each time
+
+
+@pytest.mark.parametrize("audio_start_s", [0.5, 0.0])
+def test_sound_is_heard_piece_by_piece_as_it_is_decoded(tmp_path, audio_start_s):
+    path = write_video(
+        tmp_path / "late.mkv",
+        solid_frames([0] * 16),
+        times_s=0.25 + np.arange(16) / 8,
+        audio=_noise(),
+        audio_start_s=audio_start_s,
+    )
+    pieces = []
+    assert audio.hear_audio(path, lambda start, samples: pieces.append((start, samples)))
+    assert len(pieces) > 5
+    assert pieces[0][0] == round(max(0, audio_start_s - 0.25) * RATE)
+    assert all(samples.dtype == np.int16 for _, samples in pieces)
+    ends = [start + len(samples) for start, samples in pieces]
+    assert [start for start, _ in pieces[1:]] == ends[:-1]
+    whole = np.concatenate([samples for _, samples in pieces]) / np.float32(32_768)
+    np.testing.assert_array_equal(decode_audio(path)[pieces[0][0] :], whole)
+
+
+def test_nothing_is_heard_without_sound(tmp_path):
+    path = write_video(tmp_path / "mute.mp4", solid_frames([0]))
+    assert not audio.hear_audio(path, lambda start, samples: pytest.fail("heard"))

@@ -95,3 +95,21 @@ def test_files_of_another_kind_are_refused(tmp_path):
     other = train(tmp_path / "other.model", bos_id=1, eos_id=2, unk_id=3)
     with pytest.raises(UserError, match=r"other\.model has its end at 2"):
         SiglipTokenizer(other)
+
+
+def test_a_text_that_fits_is_encoded_whole(spiece):
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(spiece)).encode("the")
+    tokenizer = SiglipTokenizer(spiece, text_len=4)  # three and the end
+    np.testing.assert_array_equal(tokenizer.encode_whole("The!"), [*pieces, 1])
+
+
+def test_a_text_that_does_not_fit_is_not_cut(spiece):
+    tokenizer = SiglipTokenizer(spiece, text_len=4)
+    with pytest.raises(UserError, match="'the the' has 6 tokens, and the text tower takes 3 and"):
+        tokenizer.encode_whole("the the")
+
+
+@pytest.mark.parametrize("text", ["", "  ", "?!", "\n"])
+def test_a_text_without_a_word_is_refused(spiece, text):
+    with pytest.raises(UserError, match="has no word in it"):
+        SiglipTokenizer(spiece).encode_whole(text)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 
 import av
 import numpy as np
 import pytest
 from PIL import Image
 
-from deevisum_jax.data.video import decode_video
+from deevisum_jax.data.video import View, decode_video
 from deevisum_jax.errors import UserError
 from tests.media import quadrants, solid_frames, write_video
 
 
-def _grey(frames: np.ndarray) -> np.ndarray:
+def _grey(frames: Sequence[np.ndarray]) -> np.ndarray:
     """The brightness of solid pictures, rounded to tens."""
-    return np.round(frames.mean(axis=(1, 2, 3)) / 10).astype(int) * 10
+    return np.round(np.asarray(frames).mean(axis=(1, 2, 3)) / 10).astype(int) * 10
 
 
 def _cells(n_frames: int) -> np.ndarray:
@@ -69,7 +70,7 @@ def test_native_rate_keeps_every_frame_though_matroska_rounds_to_milliseconds(tm
 def test_shortest_videos_yield_one_sample(tmp_path, n_frames, duration_s):
     path = write_video(tmp_path / "short.mp4", solid_frames([200] * n_frames))
     video = decode_video(path)
-    assert video.frames.shape == (1, 48, 64, 3)
+    assert np.shape(video.frames) == (1, 48, 64, 3)
     assert video.info.duration_s == pytest.approx(duration_s)
     assert video.change.tolist() == [0.0] * n_frames
 
@@ -86,7 +87,7 @@ def test_display_matrix_is_applied(tmp_path, rotation, mirrored):
     assert (video.info.height, video.info.width) == upright.shape[:2]
     assert np.abs(video.frames[0].astype(int) - upright).mean() < 4
     assert len(video.info.notes) == (rotation > 0) + mirrored
-    assert decode_video(path, size=(20, 30)).frames.shape == (1, 20, 30, 3)
+    assert np.shape(decode_video(path, size=(20, 30)).frames) == (1, 20, 30, 3)
 
 
 def test_portrait_phone_matrix_turns_clockwise(tmp_path):
@@ -120,7 +121,7 @@ def test_odd_sizes_deep_colours_and_alpha(tmp_path, pix_fmt, codec, tolerance):
     picture = quadrants(47, 63)
     path = write_video(tmp_path / "odd.mkv", np.stack([picture] * 2), codec=codec, pix_fmt=pix_fmt)
     video = decode_video(path)
-    assert video.frames.shape == (1, 47, 63, 3)
+    assert np.shape(video.frames) == (1, 47, 63, 3)
     assert np.abs(video.frames[0].astype(int) - picture).mean() <= tolerance
 
 
@@ -130,7 +131,7 @@ def test_odd_sizes_deep_colours_and_alpha(tmp_path, pix_fmt, codec, tolerance):
 def test_grey_and_ten_bit_levels(tmp_path, pix_fmt, codec):
     frames = solid_frames([30, 120, 210])
     path = write_video(tmp_path / "grey.mkv", frames, fps=2, codec=codec, pix_fmt=pix_fmt)
-    np.testing.assert_allclose(decode_video(path).frames.astype(int), frames, atol=3)
+    np.testing.assert_allclose(np.asarray(decode_video(path).frames, int), frames, atol=3)
 
 
 def test_hd_colour_matrix_is_honoured(tmp_path):
@@ -145,7 +146,7 @@ def test_hd_colour_matrix_is_honoured(tmp_path):
         frame.colorspace = 1
         out.mux(stream.encode(frame))
         out.mux(stream.encode())
-    np.testing.assert_allclose(decode_video(path).frames[0, 24, 32], [255, 0, 0], atol=3)
+    np.testing.assert_allclose(decode_video(path).frames[0][24, 32], [255, 0, 0], atol=3)
 
 
 @pytest.mark.parametrize(("resize", "other"), [("bilinear", "bicubic"), ("bicubic", "bilinear")])
@@ -271,7 +272,7 @@ def test_real_clips(shared_data, name, duration_s, n_frames, shape, has_audio):
     assert (info.height, info.width) == shape
     assert info.has_audio == has_audio
     assert info.notes == ()
-    assert video.frames.shape == (int(np.ceil(2 * info.duration_s)), 56, 56, 3)
+    assert np.shape(video.frames) == (int(np.ceil(2 * info.duration_s)), 56, 56, 3)
 
 
 def test_largest_changes_of_a_real_film_are_its_cuts(shared_data):
@@ -279,3 +280,32 @@ def test_largest_changes_of_a_real_film_are_its_cuts(shared_data):
     # looked at as pictures, two frames before and after each
     cuts = [52, 158, 221, 309, 1203, 1234, 1246, 1284, 1345, 1378]
     assert sorted(np.argsort(-video.change)[:10].tolist()) == cuts
+
+
+def test_others_see_the_same_frames_in_their_own_size(tmp_path):
+    path = write_video(
+        tmp_path / "steady.mp4", solid_frames(np.arange(24) * 10), fps=8, rotation=90
+    )
+    small, same, native = [], [], []
+    video = decode_video(
+        path,
+        frame_rate=16.0,
+        size=(10, 20),
+        others=[
+            View(see=small.append, size=(6, 4), resize="bicubic"),
+            View(see=same.append, size=(10, 20)),
+            View(see=native.append),
+        ],
+    )
+    assert np.shape(video.frames) == (48, 10, 20, 3)
+    assert (np.shape(small), np.shape(native)) == ((48, 6, 4, 3), (48, 64, 48, 3))
+    np.testing.assert_array_equal(same, video.frames)
+    for seen in (small, same, native):
+        assert seen[0] is seen[1] is not seen[2]  # on screen for two samples
+        assert _grey(seen).tolist() == np.repeat(np.arange(24) * 10, 2).tolist()
+
+
+def test_a_size_that_another_wants_is_checked_too(tmp_path):
+    path = write_video(tmp_path / "a.mp4", solid_frames([0]))
+    with pytest.raises(UserError, match=r"got \(0, 4\)"):
+        decode_video(path, size=(4, 4), others=[View(see=print, size=(0, 4))])

@@ -10,7 +10,13 @@ import pytest
 from PIL import Image
 
 from deevisum_jax.errors import UserError
-from deevisum_jax.summary.render import keyframe_times, render_summary, save_keyframes
+from deevisum_jax.summary import render
+from deevisum_jax.summary.render import (
+    keyframe_times,
+    render_summary,
+    save_keyframes,
+    save_sets_of_keyframes,
+)
 from tests import media
 from tests.media import decode, frame_numbers, stream_durations
 
@@ -322,6 +328,24 @@ def test_keyframes_show_what_is_on_screen(tmp_path, numbered_frames):
     ]  # fmt: skip
     pictures = np.stack([read_jpeg(f) for f in files])
     np.testing.assert_array_equal(frame_numbers(pictures), [50, 10, 99, 50])
+
+
+def test_several_sets_of_keyframes_are_written_in_one_pass(tmp_path, numbered_frames, monkeypatch):
+    source = write_video(tmp_path / "in.mp4", numbered_frames)
+    opened, open_media = [], render.media.open_media
+    monkeypatch.setattr(
+        render.media, "open_media", lambda path: opened.append(path) or open_media(path)
+    )
+    found = save_sets_of_keyframes(
+        source, [([2.0, 0.41], tmp_path / "a"), ([], tmp_path / "b"), ([0.41, 1.0], tmp_path / "c")]
+    )
+    names = [[path.relative_to(tmp_path).as_posix() for path in paths] for paths in found]
+    assert names == [
+        ["a/000_2.00s.jpg", "a/001_0.41s.jpg"], [], ["c/000_0.41s.jpg", "c/001_1.00s.jpg"]
+    ]  # fmt: skip
+    pictures = np.stack([read_jpeg(path) for paths in found for path in paths])
+    np.testing.assert_array_equal(frame_numbers(pictures), [50, 10, 10, 25])
+    assert opened == [source]
 
 
 def test_keyframe_times_are_the_middles_of_the_best_parts():

@@ -35,6 +35,18 @@ SUMMARY = {
 }  # fmt: skip
 
 
+ASKED = SUMMARY | {
+    "query": "a <red> door",
+    "query_weight": 0.25,
+    "segments": [s | {"importance": 0.1, "relevance": 0.1 + k / 600}
+                 for k, s in enumerate(SUMMARY["segments"])],
+    "storyboard": [
+        {"time_s": 3.5, "relevance": 0.105, "filled": True},
+        {"time_s": 64.0, "relevance": 0.15, "filled": False},
+    ],
+}  # fmt: skip
+
+
 class Page(html.parser.HTMLParser):
     """Text, attributes, and whether every tag is closed in order."""
 
@@ -396,3 +408,44 @@ def test_says_what_is_wrong(tmp_path, keyframe):
     with pytest.raises(UserError, match="at least one result"):
         write_run_report(tmp_path / "r.html", RunReport(title="", models={}, baselines={}))
     assert not (tmp_path / "r.html").exists()
+
+
+# ---- A query and a storyboard ----
+
+
+def test_a_page_shows_what_was_looked_for_and_found(tmp_path):
+    stills = []
+    for name in ("a.jpg", "b.jpg"):
+        stills.append(tmp_path / name)
+        Image.new("RGB", (640, 360)).save(stills[-1])
+    write_video_report(
+        tmp_path / "r.html", ASKED, storyboard=stills, contact_sheet="storyboard/all of it.jpg"
+    )
+    page = Page(tmp_path / "r.html")
+    assert "Looked for: a <red> door (25 % of each score)" in page.text
+    assert "2 frames that differ from each other, chosen for answering the query" in page.text
+    assert "0:03.5 0.105 1:04.0 0.150" in page.text
+    assert "relevance, 0.100 to 0.198" in page.text
+    assert "pale ones fill" in page.text
+    assert "storyboard/all%20of%20it.jpg" in page.links
+    assert [dict(a).get("class") for t, a in page.tags if t == "figure"] == ["filled", None]
+    [line] = [a["points"] for t, a in page.tags if a.get("class") == "asked"]
+    places = [tuple(map(float, point.split(","))) for point in line.split()]
+    assert (places[0], places[-1]) == ((0, 100), (1000, 6))  # the least and the most relevant
+
+
+def test_a_storyboard_without_a_query_says_what_it_is_by(tmp_path):
+    Image.new("RGB", (64, 36)).save(tmp_path / "a.jpg")
+    board = [{"time_s": 3.5, "relevance": 0.9, "filled": False}]
+    write_video_report(
+        tmp_path / "r.html", SUMMARY | {"storyboard": board}, storyboard=[tmp_path / "a.jpg"]
+    )
+    page = Page(tmp_path / "r.html")
+    assert "Storyboard 1 frame, chosen for being like the whole video" in page.text
+    assert "Looked for" not in page.text
+    assert "pale" not in page.text
+
+
+def test_a_storyboard_needs_all_its_pictures(tmp_path):
+    with pytest.raises(UserError, match="got 0 pictures for the 2 keyframes of the storyboard"):
+        write_video_report(tmp_path / "r.html", ASKED)

@@ -314,7 +314,7 @@ def test_written_picture_shows_the_shots(written):
     assert decoded.info.notes == ()
     assert len(decoded.frames) == drawn.n_frames
     painted = np.stack(list(paint.frames(drawn)))
-    error = np.abs(decoded.frames.astype(int) - painted).mean(axis=(1, 2, 3))
+    error = np.abs(np.asarray(decoded.frames, int) - painted).mean(axis=(1, 2, 3))
     assert error.max() < 12
 
 
