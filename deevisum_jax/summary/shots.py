@@ -135,8 +135,8 @@ def shots_of(
     KTS finds borders between sampled frames. Each border then moves to the native frame with the
     greatest `change` within one sampling step of it, if that is a clear peak (a cut); else it stays
     on the sampled frame (a dissolve, a pan). No shot so found is shorter than a sampling step.
-    Shots longer than `max_shot_s` are split into the fewest equal parts that are not, because a
-    shot longer than the budget could never be selected.
+    Shots longer than `max_shot_s` are split into the fewest parts that are not, about equal ones,
+    because a shot longer than the budget could never be selected.
 
     Args:
       descriptors: float[N, D], `frame_descriptors` of sampled frames.
@@ -236,17 +236,25 @@ def _snap(border_s: float, step_s: float, native_times: np.ndarray, change: np.n
 def _split(
     start: int, end: int, edges: np.ndarray, max_shot_s: float | None
 ) -> list[tuple[int, int]]:
-    """Parts of a shot of native frames, equal in time up to a frame, none above `max_shot_s`."""
-    length_s = edges[end] - edges[start]
-    if max_shot_s is None or length_s <= max_shot_s:
+    """The fewest parts of a shot of native frames that are not above `max_shot_s`.
+
+    They are about equal in time. A frame that lasts longer is a part by itself.
+    """
+    times, count = edges[start : end + 1], end - start
+    if max_shot_s is None or times[-1] - times[0] <= max_shot_s:
         return [(start, end)]
-    # Rounding to frames can lengthen a part by a frame: take more parts until none is too long.
-    for parts in range(math.ceil(length_s / max_shot_s), end - start + 1):
-        times = edges[start] + length_s * np.arange(1, parts) / parts
-        inner = start + np.searchsorted(edges[start:end], times)
-        cuts = np.unique([start, *inner, end])
-        if (np.diff(edges[cuts]) <= max_shot_s + 1e-9).all():
-            break
-    else:
-        cuts = np.arange(start, end + 1)
-    return [(int(a), int(b)) for a, b in itertools.pairwise(cuts)]
+    # Where a part that begins with each frame ends at the latest.
+    latest = np.searchsorted(times, times[:-1] + max_shot_s + 1e-9, "right") - 1
+    latest = np.maximum(latest, np.arange(1, count + 1)).tolist()
+    needed = [0] * (count + 1)  # parts of what is left from each frame on
+    for i in reversed(range(count)):
+        needed[i] = 1 + needed[latest[i]]
+    falling = -np.array(needed)
+    cuts = [0]
+    for part in range(1, needed[0]):
+        even = np.searchsorted(times, times[0] + (times[-1] - times[0]) * part / needed[0])
+        left = needed[0] - part
+        enough = np.searchsorted(falling, -left)  # from here on the parts that are left will do
+        cut = max(even, enough, cuts[-1] + 1)
+        cuts.append(int(min(cut, latest[cuts[-1]], count - left)))
+    return [(start + a, start + b) for a, b in itertools.pairwise([*cuts, count])]

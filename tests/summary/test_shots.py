@@ -92,6 +92,54 @@ def test_variable_frame_rate_uses_times_not_counts():
     assert found[1].start_s == pytest.approx(1.25)
 
 
+def test_a_picture_that_is_held_for_long_leaves_the_frames_around_it_together():
+    """As in a recording of a screen: 4 s at 24 fps, one picture for 30 s, 8 s at 24 fps."""
+    native_times = np.concatenate([np.arange(96) / 24, 34 + np.arange(192) / 24])
+    native_times[96:] += 1 / 24  # frame 95 is the one that stays
+    frame_times = np.arange(0, 42, 0.5)
+    found = shots.detect_shots(
+        np.full((len(frame_times), 12, 16, 3), 99, np.uint8),
+        frame_times,
+        native_times=native_times,
+        change=np.zeros(len(native_times)),
+        max_shot_s=5.0,
+    )
+    assert [(s.start_frame, s.end_frame) for s in found] == [
+        (0, 95), (95, 96), (96, 168), (168, 288)
+    ]  # fmt: skip
+
+
+def test_a_picture_that_is_held_for_almost_as_long_as_a_shot_may_last_makes_no_scraps():
+    lasts = np.full(400, 1 / 20)
+    lasts[100] = 4.9
+    edges = np.concatenate([[0.0], np.cumsum(lasts)])  # 24.85 s
+    parts = shots._split(0, 400, edges, 5.0)
+    assert [start for start, _ in parts[1:]] == [end for _, end in parts[:-1]]
+    assert (parts[0][0], parts[-1][1]) == (0, 400)
+    lengths = [edges[end] - edges[start] for start, end in parts]
+    assert max(lengths) <= 5.0 + 1e-9
+    assert len(parts) <= 7
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_parts_of_a_shot_are_the_fewest_and_none_is_too_long(seed):
+    rng = np.random.default_rng(seed)
+    lasts = rng.choice([0.04, 0.2, 1.0, 3.0], rng.integers(2, 60), p=[0.4, 0.3, 0.2, 0.1])
+    edges, limit_s = np.concatenate([[0.0], np.cumsum(lasts)]), 2.0
+    parts = shots._split(0, len(lasts), edges, limit_s)
+    assert [start for start, _ in parts] == [0, *(end for _, end in parts[:-1])]
+    assert parts[-1][1] == len(lasts)
+    assert all(end > start for start, end in parts)
+    assert all(edges[b] - edges[a] <= limit_s + 1e-9 for a, b in parts if b > a + 1)
+    fewest = at = 0
+    while at < len(lasts):  # as many frames as fit, again and again
+        fewest, stop = fewest + 1, at + 1
+        while stop < len(lasts) and edges[stop + 1] - edges[at] <= limit_s + 1e-9:
+            stop += 1
+        at = stop
+    assert len(parts) == fewest
+
+
 def test_one_frame_is_one_shot():
     found = detect(film([], 1))
     assert [(s.start_frame, s.end_frame) for s in found] == [(0, 1)]
