@@ -438,10 +438,11 @@ class Config:
                 f"model.merge.num_keyframes={kept} is more than data.num_frames={pictures}, the "
                 "pictures of a segment; give data.num_frames more, or keep fewer"
             )
-        if self.model.merge.projections and not kept:
+        if self.model.merge.projections and kept in (0, pictures):
             raise UserError(
                 "model.merge.projections compare patches that are merged, and model.merge."
-                "num_keyframes=0 merges none; set num_keyframes, below data.num_frames"
+                f"num_keyframes={kept} of data.num_frames={pictures} merges none; set it above 0 "
+                "and below data.num_frames"
             )
 
     def _check_layer_map(self) -> None:

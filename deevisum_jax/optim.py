@@ -19,7 +19,7 @@ PROJECTIONS = "distill"
 
 # Norms, biases, position embeddings and the temperature of merging are not decayed, whatever their
 # rank in the stacked layout.
-_NO_DECAY = re.compile(r"(^|/)(scale|bias|pos_embedding|temperature)$")
+_NO_DECAY = re.compile(r"(^|/)(scale|bias|pos_embedding|log_temperature)$")
 # What trains beside the adapters of a model that has some.
 _HEADS = ("exits/", "merge/", f"{PROJECTIONS}/")
 

@@ -128,7 +128,7 @@ PARAM_AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     # Of merged frames; `whole` gathers them once for all chunks.
     (r"merge/(query|image_query|key|image_key)/kernel", ("norm", "embed")),
-    (r"merge/((query|image_query|key|image_key)/bias|temperature)", ("norm",)),
+    (r"merge/((query|image_query|key|image_key)/bias|log_temperature)", ("norm",)),
     # From a student's hidden states to a teacher's.
     (r"distill/(teacher|mentor)/kernel", ("exits", "norm", "norm")),
     (r"exits/(norm/scale|prototype)", ("exits", "norm")),

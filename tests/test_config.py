@@ -77,7 +77,8 @@ def test_a_run_of_before_frames_were_merged_merges_none(tmp_path):
         ({"num_keyframes": 1, "reference": "bug"}, r"merge.reference='bug'; .*fixed.*released"),
         ({"num_keyframes": 1, "temperature": 0}, "merge.temperature=0.0 must be above 0"),
         ({"num_keyframes": 1, "redundancy_weight": -1}, "redundancy_weight=-1.0 must be at least"),
-        ({"projections": True}, "num_keyframes=0 merges none; set num_keyframes"),
+        ({"projections": True}, "num_keyframes=0 of .*=2 merges none; set it above 0"),
+        ({"projections": True, "num_keyframes": 2}, "num_keyframes=2 of .*=2 merges none"),
         ({"keyframes": 1}, "merge.keyframes does not exist; did you mean 'num_keyframes'"),
     ],
 )

@@ -282,7 +282,7 @@ def test_a_run_takes_projections_of_merging_along_or_gets_them(other_run, start_
     check(start)
     learned = dataclasses.replace(model, merge=MERGE)
     params = jax.device_get(load(start, learned))
-    assert params["merge"]["temperature"] == pytest.approx(0.01)
+    assert params["merge"]["log_temperature"] == pytest.approx(np.log(0.01))
 
     shutil.rmtree(other_run / "checkpoints")
     config_lib.save(start_config("x", *lines), other_run / "config.json")

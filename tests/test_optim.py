@@ -61,7 +61,7 @@ def test_every_matrix_of_the_model_decays_and_no_vector_does():
     params = paligemma2.abstract_params(config)
     decays = flatten_dict(optim._decays(params), sep="/")
     kept = {path.split("/")[-1] for path, decay in decays.items() if not decay}
-    assert kept == {"scale", "bias", "pos_embedding", "temperature"}
+    assert kept == {"scale", "bias", "pos_embedding", "log_temperature"}
     assert {path.split("/")[-1] for path, decay in decays.items() if decay} == {
         "kernel", "w", "gating_einsum", "linear", "input_embedding",
         "prototype",  # a direction: its length is read by nobody

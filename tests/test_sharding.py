@@ -75,7 +75,7 @@ def test_every_projection_of_merging_matches_exactly_one_row():
     }
     assert len(axes) == 4 * 2 + 1
     assert axes["image_key/kernel"] == ("norm", "embed")
-    assert axes["image_key/bias"] == axes["temperature"] == ("norm",)
+    assert axes["image_key/bias"] == axes["log_temperature"] == ("norm",)
 
 
 def test_every_row_is_used():

@@ -41,7 +41,7 @@ from deevisum_jax.typing import Array
 
 REFERENCES = ("fixed", "released")
 # The learned linear layers, {name: {"kernel": float[in, out], "bias": float[out]}}, beside
-# "temperature": float[1].
+# "temperature": float[1], above 0.
 PROJECTIONS = ("query", "image_query", "key", "image_key")
 
 # Of a frame that there is none of.
@@ -159,9 +159,13 @@ def merge(
       float[..., D] in the dtype of the patches; cosines, weights and their sum are float32.
 
     Raises:
-      UserError: a query of another width.
+      UserError: a query of another width, projections without parameters or the other way round.
     """
-    assert config.projections == (params is not None), "learned parameters go with projections"
+    if config.projections != (params is not None):
+        raise UserError(
+            f"merging.projections={config.projections} with {'no ' * (params is None)}learned "
+            "parameters; give `params` with projections, and only then"
+        )
     width = params["query"]["kernel"].shape[0] if params else patches.shape[-1]
     if query.shape != (width,):
         raise UserError(
@@ -195,7 +199,7 @@ def sum_of_units(patches: Array, valid: Array | None = None) -> jax.Array:
     """The sum of all patches, each made one of length 1; it points where their mean does.
 
     Args:
-      patches: float[..., P, D]; zeros add nothing.
+      patches: float[..., P, D]; zeros add nothing, nor does what is not finite.
       valid: bool[...], 1 = a frame that counts; None = all do.
 
     Returns:
@@ -203,11 +207,12 @@ def sum_of_units(patches: Array, valid: Array | None = None) -> jax.Array:
     """
     x = patches.astype(jnp.float32)
     squares = jnp.sum(jnp.square(x), axis=-1)
-    counts = squares > 0
+    counts = (squares > 0) & jnp.isfinite(squares)
     if valid is not None:
         counts &= jnp.asarray(valid)[..., None]
-    weights = jnp.where(counts, jax.lax.rsqrt(jnp.where(counts, squares, 1.0)), 0.0)
-    return jnp.sum(weights[..., None] * x, axis=tuple(range(x.ndim - 1)))
+    weights = jax.lax.rsqrt(jnp.where(counts, squares, 1.0))
+    units = jnp.where(counts[..., None], weights[..., None] * x, 0.0)
+    return jnp.sum(units, axis=tuple(range(x.ndim - 1)))
 
 
 def _linear(params: Mapping[str, Any], x: jax.Array) -> jax.Array:

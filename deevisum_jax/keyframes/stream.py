@@ -87,8 +87,8 @@ def condense(
 
     Raises:
       UserError: no frames, frames of several sizes, another number of frames the second time, a
-        query of another width, or embeddings that are not finite. Widths are checked before the
-        second chunk is asked for.
+        query that is of another width or not finite, or embeddings that are not finite. Queries
+        are checked before the second chunk is asked for.
     """
     total = None
 
@@ -293,6 +293,9 @@ def _check(
     params: Mapping[str, Any] | None,
 ) -> None:
     """Traces all that will be computed: a mistake is better known before a video was read."""
+    for name, asked in (("query", query), ("patch_query", patch_query)):
+        if asked is not None and not np.isfinite(np.asarray(asked, np.float32)).all():
+            raise UserError(f"{name} is not finite; look for what its encoder was given")
     embeddings, found = jax.eval_shape(lambda chunk: (embed(chunk), patches(chunk)), chunk)
     jax.eval_shape(functools.partial(select, config=selection), embeddings, query)
     if patch_query is None:

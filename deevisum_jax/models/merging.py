@@ -1,11 +1,14 @@
 """What differential feature merging learns in its released mode; the rule is `keyframes.merging`.
 
 Four linear layers with biases and a temperature, as in ViLaMP's released code: weights are drawn
-from a normal of standard deviation 0.02.
+from a normal of standard deviation 0.02. Of the temperature the logarithm is learned, as SigLIP's
+is; the released code learns the number itself. Steps of Adam are as long as the learning rate: a
+few of 2e-3 would take 0.01 to zero and below, where the least fitting patches weigh most.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -63,8 +66,8 @@ class DifferentialMerging(nnx.Module):
         for name in merging.PROJECTIONS:
             inputs = query_width if name == "query" else width
             setattr(self, name, _Linear(inputs, width, param_dtype=param_dtype, rngs=rngs))
-        # Always float32: bfloat16 has no numbers close enough to 0.01 for a small step.
-        self.temperature = nnx.Param(jnp.full((1,), config.temperature, jnp.float32))
+        # Always float32: bfloat16 has no numbers close enough for a small step.
+        self.log_temperature = nnx.Param(jnp.full((1,), math.log(config.temperature), jnp.float32))
 
     def __call__(self, patches: Array, references: Array, query: Array) -> jax.Array:
         """As `keyframes.merging.merge`.
@@ -88,4 +91,4 @@ class DifferentialMerging(nnx.Module):
         if not self.config.projections:
             return None
         params = {name: getattr(self, name).whole(dtype) for name in merging.PROJECTIONS}
-        return {**params, "temperature": self.temperature[...]}
+        return {**params, "temperature": jnp.exp(self.log_temperature[...])}

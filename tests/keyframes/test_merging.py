@@ -220,6 +220,12 @@ def test_unit_patches_add_up():
     assert merging.sum_of_units(patches, np.array([True, False])).tolist() == [1, 0]
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_patches_that_are_not_finite_do_not_decide_what_is_asked_of_others(bad):
+    patches = jnp.array([[[3.0, 0.0], [bad, 1.0]], [[0.0, 5.0], [0.0, 1.0]]])
+    assert merging.sum_of_units(patches).tolist() == [1, 2]
+
+
 # ---- A sequence of tokens ----
 
 
@@ -283,6 +289,14 @@ def test_a_keyframes_own_token_has_no_gradient():
 def test_a_config_that_cannot_be_is_refused(fields, words):
     with pytest.raises(UserError, match=words):
         MergingConfig(**fields)
+
+
+def test_projections_go_with_what_they_have_learned():
+    patches, params = random(P, D), merging_reference.params(D, E)
+    with pytest.raises(UserError, match="projections=True with no learned parameters; give `par"):
+        merge(patches, patches, random(E), config=MergingConfig(projections=True))
+    with pytest.raises(UserError, match="projections=False with learned parameters"):
+        merge(patches, patches, random(D), config=MergingConfig(), params=params)
 
 
 @pytest.mark.parametrize("config", MODES[::2], ids=MODE_NAMES[::2])

@@ -264,17 +264,26 @@ def test_another_number_of_frames_the_second_time_is_refused(second, words):
     refused(f"gave 11 frames the first time and {words}", chunks)
 
 
-def test_queries_of_another_width_are_refused_with_the_first_chunk():
-    def chunks():
-        yield FRAMES[:4]
-        pytest.fail("went on")
+def one_chunk():
+    yield FRAMES[:4]
+    pytest.fail("went on")
 
-    refused("the query of merging must be one vector of width 6", chunks, patch_query=QUERY)
+
+@pytest.mark.parametrize("name", ["query", "patch_query"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_queries_that_are_not_finite_are_refused_with_the_first_chunk(name, bad):
+    given = {"query": QUERY, **of_mode(MODES[0])}
+    asked = jnp.asarray(given[name], jnp.bfloat16).at[1].set(bad)
+    refused(f"^{name} is not finite; look for what", one_chunk, **{name: asked})
+
+
+def test_queries_of_another_width_are_refused_with_the_first_chunk():
+    refused("the query of merging must be one vector of width 6", one_chunk, patch_query=QUERY)
     params = merging_reference.params(D, E)
     # The mean of patches has their width, not that of the query that was learned with.
     refused(
         "must be one vector of width 5, got query.shape=.6,.",
-        chunks,
+        one_chunk,
         patch_query=None,
         merging=MODES[1],
         params=params,

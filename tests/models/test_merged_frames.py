@@ -125,7 +125,7 @@ def test_projections_are_behind_the_parameters_that_there_were(plain):
     params = make_params(config)
     learned = params.pop("merge")
     jax.tree.map(np.testing.assert_array_equal, params, plain[1])
-    assert sorted(learned) == ["image_key", "image_query", "key", "query", "temperature"]
+    assert sorted(learned) == ["image_key", "image_query", "key", "log_temperature", "query"]
     assert paligemma2.num_params(config) == paligemma2.num_params(plain[0]) + 4 * (D * D + D) + 1
 
 
