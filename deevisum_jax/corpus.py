@@ -52,6 +52,15 @@ _PARTS = re.compile(
     r"storyboard/contact_sheet\.jpg|(storyboard/)?\.[^/]+\.partial(/.*)?"
 )
 
+# What settings come from; the others are called as their options are.
+_OPTIONS = {
+    "step": "the step of --checkpoint",
+    "digest": "the digest of --checkpoint",
+    "exit_policy": "--exit_threshold",
+    "query_model": "the digest of --query_model",
+}
+_ALWAYS_SET = ("step", "digest", "budget", "exit_policy")
+
 _NUM_REQUESTS = 16  # at a time, to a bucket
 _NUM_ROUNDS = 5  # of writing the index while others change what it tells
 # Videos decoded at a time, and written at a time; decoders and encoders have threads of their own.
@@ -66,6 +75,10 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 class VideoError(Exception):
     """One video cannot be summarized, which says nothing about the others; why is its cause."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.__cause__ = cause
 
 
 # ---- The list ----
@@ -116,15 +129,12 @@ class Corpus:
         if files.exists(stored):
             done = self.done()
             there = files.read_json(stored, f"give --out a new folder, or restore {SETTINGS_FILE}")
-            differing = [
-                f"{name} is {there.get(name)} there and {value} now"
-                for name, value in settings.items()
-                if name != "run" and there.get(name) != value
-            ]
+            differing = _differences(there, settings)
             if differing and done:
                 raise UserError(
                     f"{self.out} holds summaries made in another way ({'; '.join(differing)}; of "
-                    f"{there.get('run')}); give --out a new folder, or go on as it was begun"
+                    f"{there.get('run')}); give --out a new folder, or go on with the options, and "
+                    "the version, that it was begun with"
                 )
             self._check_folders(items, done)
         elif files.exists(self.out) and not files.is_empty(self.out):
@@ -317,6 +327,31 @@ class Corpus:
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:
             reason = f"{path} is no summary of ours ({error!r}); {advice}"
         return {"state": "failed", "reason": reason}, None
+
+
+def _differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs in settings, in terms of the command's options."""
+    told = []
+    for name, after in now.items():
+        before, option = there.get(name), _OPTIONS.get(name, f"--{name}")
+        if name == "run" or before == after:
+            continue
+        if before is None and name in _ALWAYS_SET:
+            told.append(f"{option} was noted otherwise by the older version that began it")
+        else:
+            told.append(f"{option} is {_shown(before)} there and {_shown(after)} now")
+    return told
+
+
+def _shown(setting: Any) -> str:
+    """As an option has it."""
+    match setting:
+        case None:
+            return "not given"
+        case {"confidence": confidence, "thresholds": thresholds}:
+            each = ("off" if threshold is None else str(threshold) for threshold in thresholds)
+            return f"{','.join(each)} by {confidence}"
+    return str(setting)
 
 
 def _is_foreign(folder: epath.Path) -> bool:

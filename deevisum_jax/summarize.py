@@ -523,9 +523,7 @@ class Student:
 
     def _result(self, video: _UnderWay) -> Scored | VideoError:
         if video.error is not None:
-            failed = VideoError()
-            failed.__cause__ = video.error
-            return failed
+            return VideoError(video.error)
         if not np.isfinite(video.scores.importance).all():
             raise UserError(
                 f"the checkpoint of {self._run} gives scores that are no finite numbers; train it "
@@ -784,10 +782,6 @@ def choose(
             + "; ".join((_share(too_long.min(), duration_s), *film.notes))
         )
     kept = [(shot.start_s, shot.end_s) for shot, taken in zip(found, chosen, strict=True) if taken]
-    inside = [
-        sum(max(0.0, min(end, stop) - max(start, begin)) for begin, stop in kept)
-        for start, end in bounds
-    ]
     return {
         "video": printable(film.name),
         "title": film.video.title,
@@ -805,7 +799,12 @@ def choose(
                 "selected": bool(held > (end - start) / 2),  # most of it is in the summary
             }
             for (start, end), score, more, exit_, held in zip(
-                bounds, segment_scores, told, scores.exit_index, inside, strict=True
+                bounds,
+                segment_scores,
+                told,
+                scores.exit_index,
+                _seconds_kept(bounds, kept),
+                strict=True,
             )
         ],
         "shots": [
@@ -821,6 +820,21 @@ def choose(
         **_storyboard(film),
         "notes": list(film.notes),
     }
+
+
+def _seconds_kept(bounds: np.ndarray, kept: Sequence[tuple[float, float]]) -> np.ndarray:
+    """How much of each segment is in the summary, float[M].
+
+    Args:
+      bounds: float[M, 2], seconds, of segments one after the other.
+      kept: what is in it, from and to which second; ascending, nothing twice.
+    """
+    found = np.zeros(len(bounds))
+    starts, ends = bounds.T
+    for start, end in kept:
+        touched = slice(np.searchsorted(ends, start, "right"), np.searchsorted(starts, end))
+        found[touched] += np.minimum(ends[touched], end) - np.maximum(starts[touched], start)
+    return found
 
 
 def _focused(
@@ -1086,9 +1100,7 @@ def make_steps(task: Task, *, budget: float) -> corpus.Steps[_Opened, _Opened]:
                 request=task.request,
             )
         except Exception as error:
-            failed = VideoError()
-            failed.__cause__ = error
-            return failed
+            return VideoError(error)
         return dataclasses.replace(opened, film=film.without_pictures(), summary=summary)
 
     def write(item: Item, scored: _Opened) -> str:

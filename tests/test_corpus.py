@@ -287,11 +287,17 @@ def raises(error: BaseException):
     return fail
 
 
+def fills_the_disk_of_temporary_files():
+    try:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    except OSError as error:
+        raise UserError("cannot be written (No space left on device)") from error
+
+
 @pytest.mark.parametrize("num_held", [0, 1, 99])
 def test_a_failure_is_noted_and_the_rest_is_done(tmp_path, num_held):
     record = Record(tmp_path, "abcd", num_held=num_held)
-    bad = VideoError()
-    bad.__cause__ = UserError("too\nshort")
+    bad = VideoError(UserError("too\nshort"))
     record.during = {
         "read a": raises(KeyError("x")),
         "score b": raises(bad),
@@ -311,6 +317,7 @@ def test_a_failure_is_noted_and_the_rest_is_done(tmp_path, num_held):
         {"score b": raises(RuntimeError("the device is gone"))},
         {"write b": raises(OSError(errno.ENOSPC, "No space left on device"))},
         {"read b": raises(OSError(errno.ENOSPC, "No space left on device"))},
+        {"read b": fills_the_disk_of_temporary_files},
     ],
 )
 def test_what_no_other_video_would_survive_ends_the_work(tmp_path, during):
@@ -475,16 +482,35 @@ def test_one_folder_is_filled_in_one_way(run, clips, tmp_path, capsys):
     other = untrained.make_run(tmp_path / "other", seed=1)
     assert command(rows, run, tmp_path / "out") == 0
     for judge, flags, message in (
-        (run, ("--budget", "0.4"), "budget is 0.3 there and 0.4 now"),
-        (run, ("--exit_threshold", "0.7"), "'thresholds': [0.9]} there and {"),
-        (other, (), "digest is "),
+        (run, ("--budget", "0.4"), "--budget is 0.3 there and 0.4 now"),
+        (
+            run,
+            ("--exit_threshold", "0.7"),
+            "--exit_threshold is 0.9 by max_probability there and 0.7 by max_probability now",
+        ),
+        (run, ("--exit_threshold", "off"), "there and off by max_probability now"),
+        (other, (), "the digest of --checkpoint is "),
     ):
         capsys.readouterr()
         assert command(rows, judge, tmp_path / "out", *flags) == 2
         said = capsys.readouterr().err
         assert "holds summaries made in another way" in said
         assert message in said
-        assert "give --out a new folder, or go on as it was begun" in said
+        assert "give --out a new folder, or go on with the options, and the version, that" in said
+
+
+def test_a_folder_that_an_older_version_has_begun_is_said_so(run, clips, tmp_path, capsys):
+    rows = manifest(epath.Path(tmp_path) / "videos.csv", [clips / "a.mp4"])
+    assert command(rows, run, tmp_path / "out") == 0
+    stored = tmp_path / "out" / "corpus.json"
+    kept = json.loads(stored.read_text())
+    del kept["exit_policy"]
+    stored.write_text(json.dumps(kept | {"exit_threshold": 0.9}))
+    capsys.readouterr()
+    assert command(rows, run, tmp_path / "out") == 2
+    said = capsys.readouterr().err
+    assert "(--exit_threshold was noted otherwise by the older version that began it; of " in said
+    assert "give --out a new folder, or go on with the options, and the version, that" in said
 
 
 def test_another_video_of_the_same_name_is_not_taken_for_done(run, clips, tmp_path, capsys):

@@ -183,6 +183,20 @@ def test_scores_choose_the_shots_they_lie_in(videos):
     assert segments[5]["score"] == pytest.approx(0.9)
 
 
+def test_a_segment_has_what_is_kept_of_it():
+    """Against every pair of the two, with shots that begin and end where segments do, too."""
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        bounds = segment_bounds(float(rng.integers(1, 60)), 2.0)
+        edges = np.unique(rng.integers(0, 4 * bounds[-1, 1] + 1, 12)) / 4
+        kept = list(itertools.pairwise(edges))[:: rng.integers(1, 3)]
+        wanted = [
+            sum(max(0.0, min(end, stop) - max(start, begin)) for begin, stop in kept)
+            for start, end in bounds
+        ]
+        np.testing.assert_array_equal(summarize._seconds_kept(bounds, kept), wanted)
+
+
 def test_long_films_keep_to_the_budget_too(run, videos, tmp_path, monkeypatch):
     monkeypatch.setattr(select, "_MAX_BUDGET_PARTS", 7)  # as coarse as in a film of years
     assert command(videos / "mute.mkv", run, tmp_path / "out", "--budget", "0.4") == 0

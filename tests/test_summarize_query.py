@@ -260,7 +260,7 @@ def without(name):
     [
         (shutil.rmtree, ["no folder with a SigLIP: config.json is missing"]),
         (without("config.json"), ["no folder with a SigLIP: config.json is missing"]),
-        (without("spiece.model"), ["spiece.model is not a file"]),
+        (without("spiece.model"), ["spiece.model is not a file", "SigLIP 2 has Gemma's tokenizer"]),
         (without("model.safetensors"), ["holds neither model.safetensors nor"]),
         (another_type, ["config.json says model_type 'clip', wanted 'siglip'"]),
         (another_vocabulary, ["spiece.model has ", " pieces, and the text tower beside it takes"]),
@@ -306,7 +306,9 @@ def test_a_full_disk_of_temporary_files_is_said_so(run, video, tmp_path, monkeyp
 def test_an_embedding_that_is_no_number_is_refused(run, video, tmp_path, monkeypatch, capsys):
     watched = long_video.KeyframeFinder.find
     monkeypatch.setattr(
-        long_video.KeyframeFinder, "find", lambda self, given: watched(self, given * np.nan)
+        long_video.KeyframeFinder,
+        "find",
+        lambda self, given, places: watched(self, given * np.nan, places),
     )
     assert command(video, run, tmp_path / "out", "--num_keyframes", 3) == 2
     assert "image tower that looks for keyframes gives no numbers" in capsys.readouterr().err
@@ -341,11 +343,14 @@ def test_one_query_is_for_all_videos_of_a_manifest(run, video, siglip, tmp_path,
     capsys.readouterr()
     siglip_folder.write_folder(tmp_path / "other", seed=1)
     for flags, message in (
-        ((), "query is a dog there and None now"),
-        (("--query", "a cat", *query[2:]), "query is a dog there and a cat now"),
-        ((*query, "--query_weight", 0.9), "query_weight is 0.5 there and 0.9 now"),
-        ((*query[:4], "--num_keyframes", 5), "num_keyframes is 4 there and 5 now"),
-        ((*query[:2], "--query_model", tmp_path / "other", *query[4:]), "query_model is "),
+        ((), "--query is a dog there and not given now"),
+        (("--query", "a cat", *query[2:]), "--query is a dog there and a cat now"),
+        ((*query, "--query_weight", 0.9), "--query_weight is 0.5 there and 0.9 now"),
+        ((*query[:4], "--num_keyframes", 5), "--num_keyframes is 4 there and 5 now"),
+        (
+            (*query[:2], "--query_model", tmp_path / "other", *query[4:]),
+            "the digest of --query_model is ",
+        ),
     ):
         assert many(rows, run, out, *flags) == 2
         assert message in capsys.readouterr().err

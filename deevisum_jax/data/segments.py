@@ -30,7 +30,7 @@ class Video:
     title: str
     duration_s: float
     frames: Sequence[np.ndarray | bytes]  # uint8[H, W, 3] or encoded JPEG; in memory or not
-    frame_times: np.ndarray  # float[N]
+    frame_times: np.ndarray  # float[N], ascending
     cues: Sequence[subtitles.Cue]
     waveform: np.ndarray | SoundSpool | None  # float32[n], 16 kHz mono; slices of it are read
     captions: Sequence[subtitles.Cue] = ()  # what is seen and heard, told by people; for training
@@ -92,8 +92,8 @@ class SegmentEncoder:
         instants = (
             start_s + (np.arange(self.num_frames) + 0.5) * (end_s - start_s) / self.num_frames
         )
-        nearest = np.abs(np.asarray(video.frame_times)[None] - instants[:, None]).argmin(axis=1)
-        return np.stack([_picture(video.frames[i], size, self.resize, change) for i in nearest])
+        chosen = _nearest(video.frame_times, instants)
+        return np.stack([_picture(video.frames[i], size, self.resize, change) for i in chosen])
 
     def sound(self, video: Video, start_s: float, end_s: float) -> str:
         """What a segment sounds like, in words; costs some milliseconds, so keep it."""
@@ -128,6 +128,18 @@ class SegmentEncoder:
             after=after,
             caption=subtitles.text_between(video.captions, centre, centre),
         )
+
+
+def _nearest(times: np.ndarray, instants: np.ndarray) -> np.ndarray:
+    """int[I]: which of the times float[N], ascending, is nearest to each of float[I].
+
+    Of two that are as near it is the earlier. Not all times are looked at, since every segment of a
+    video asks.
+    """
+    after = np.searchsorted(times, instants)
+    before = np.maximum(after - 1, 0)
+    after = np.minimum(after, len(times) - 1)
+    return np.where(instants - times[before] <= times[after] - instants, before, after)
 
 
 def _picture(

@@ -47,7 +47,8 @@ class SiglipTokenizer:
         path = locate(path)
         if not exists(path) or path.is_dir():
             raise UserError(
-                f"tokenizer {path} is not a file; give the path of SigLIP's spiece.model"
+                f"tokenizer {path} is not a file; give the path of SigLIP's spiece.model (SigLIP 2 "
+                "has Gemma's tokenizer and is not served)"
             )
         self._processor = sentencepiece.SentencePieceProcessor()
         try:

@@ -27,7 +27,7 @@ class _File:
         with _writing():
             file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  closed with this object
         self._fd = file.fileno()
-        self.close = weakref.finalize(self, file.close)
+        weakref.finalize(self, file.close)
 
     def write(self, data: memoryview, offset: int) -> None:
         """Bytes at a place; what lies between it and the end so far are zeros."""
@@ -50,8 +50,8 @@ def _writing() -> Iterator[None]:
     except OSError as error:
         raise UserError(
             "what is decoded waits in a temporary file, and that cannot be written "
-            f"({error.strerror or error}); make room in {os.environ.get('TMPDIR') or '/tmp'}, or "
-            "set TMPDIR to a folder on another disk"
+            f"({error.strerror or error}); make room in {tempfile.tempdir or '/tmp'}, or set "
+            "TMPDIR to a folder on another disk"
         ) from error
 
 
@@ -101,11 +101,6 @@ class PictureSpool(Sequence[np.ndarray]):
         """On disk."""
         return self._num_stored * int(np.prod(self._shape))
 
-    def close(self) -> None:
-        """Gives the disk back now; there is nothing to read any more."""
-        self._places, self._last = [], None
-        self._file.close()
-
 
 class SoundSpool:
     """16-bit samples of one channel, in a temporary file; slices of it are float32 in [-1, 1)."""
@@ -149,8 +144,3 @@ class SoundSpool:
     def nbytes(self) -> int:
         """On disk."""
         return 2 * self._length
-
-    def close(self) -> None:
-        """Gives the disk back now; there is nothing to read any more."""
-        self._length = 0
-        self._file.close()

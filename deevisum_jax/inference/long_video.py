@@ -85,32 +85,38 @@ class KeyframeFinder:
         embed = functools.partial(self._encode, self._params)
         return Watch(embed, self._chunk_size, self.find)
 
-    def find(self, embeddings: np.ndarray) -> Found:
-        """The keyframes of float32[N, D], one embedding per frame.
+    def find(self, embeddings: np.ndarray, places: np.ndarray) -> Found:
+        """The keyframes of a video.
+
+        Args:
+          embeddings: float32[P, D], of its pictures.
+          places: int[N], which of them each frame shows.
 
         Raises:
           UserError: there are no frames, or an embedding is no number.
         """
+        N = len(places)
+        # At most an eighth is filling, in a long video.
+        step = max(_ROOM, 2 ** (N.bit_length() - 4))
+        valid = np.arange(-(-N // step) * step) < N
+        padded = np.zeros((len(valid), embeddings.shape[1]), np.float32)
+        # "clip" for no copy on the way.
+        np.take(embeddings, places, axis=0, out=padded[:N], mode="clip")
         try:
-            selection.check_embeddings(embeddings)
+            selection.check_embeddings(padded[:N])
         except UserError as error:
             raise UserError(
                 "the image tower that looks for keyframes gives no numbers; its weights are "
                 f"damaged, so get them again, or train the run again ({error})"
             ) from error
-        N = len(embeddings)
-        step = max(
-            _ROOM, 2 ** (N.bit_length() - 4)
-        )  # at most an eighth is filling, in a long video
-        valid = np.arange(-(-N // step) * step) < N
-        padded = np.zeros((len(valid), embeddings.shape[1]), np.float32)
-        padded[:N] = embeddings
-        relevance, chosen = jax.device_get(_select(padded, self._query, valid, config=self.config))
-        used = np.asarray(chosen.is_used)
+        # Memory is taken for all keyframes asked for, and there are no more than frames.
+        slots = min(self.config.num_keyframes, len(valid))
+        config = dataclasses.replace(self.config, num_keyframes=slots)
+        relevance, chosen = jax.device_get(_select(padded, self._query, valid, config=config))
         return Found(
-            relevance=np.asarray(relevance)[:N],
-            index=np.asarray(chosen.index)[used],
-            is_filled=np.asarray(chosen.is_filled)[used],
+            relevance=relevance[:N],
+            index=chosen.index[chosen.is_used],
+            is_filled=chosen.is_filled[chosen.is_used],
         )
 
 
@@ -121,8 +127,15 @@ class Watch:
         self,
         embed: Callable[[np.ndarray], Array],
         chunk_size: int,
-        find: Callable[[np.ndarray], Found],
+        find: Callable[[np.ndarray, np.ndarray], Found],
     ) -> None:
+        """Begins.
+
+        Args:
+          embed: float[B, D] of a chunk.
+          chunk_size: B, pictures.
+          find: as `KeyframeFinder.find`.
+        """
         self._embed, self._find, self._chunk_size = embed, find, chunk_size
         self._chunk: list[np.ndarray] = []
         self._asked: collections.deque[tuple[int, Array]] = collections.deque()
@@ -152,7 +165,8 @@ class Watch:
             self._ask()
         while self._asked:
             self._read()
-        return self._find(np.concatenate(self._told)[self._places])
+        embeddings, self._told = np.concatenate(self._told), []
+        return self._find(embeddings, np.array(self._places))
 
     def _ask(self) -> None:
         # A new array for every chunk: the device may still be reading the one before.

@@ -104,6 +104,22 @@ def test_frames_are_the_nearest_to_even_instants(make_encoder, num_frames, bound
     np.testing.assert_array_equal(frames[:, 0, 0, 0], np.multiply(numbers, 10))
 
 
+def test_frames_are_the_nearest_where_they_come_unevenly(make_encoder):
+    times = np.array([0.0, 0.5, 0.75, 3.0, 3.25, 7.0])
+    uneven = video(frames=[gray(10 * i) for i in range(6)], frame_times=times, duration_s=8.0)
+    frames = make_encoder(num_frames=8).frames(uneven, 0, 8)  # at 0.5, 1.5, ... 7.5 s
+    np.testing.assert_array_equal(frames[:, 0, 0, 0], [10, 20, 30, 40, 40, 50, 50, 50])
+    # 5.125 s is as far from 3.25 as from 7.
+    frames = make_encoder(num_frames=1).frames(uneven, 5.125, 5.125)
+    assert frames[0, 0, 0, 0] == 40
+
+
+@pytest.mark.parametrize("bounds", [(0, 0.04), (0, 4), (9, 9.5)])
+def test_a_single_picture_is_the_nearest_to_everything(make_encoder, bounds):
+    single = video(frames=[gray(70)], frame_times=np.array([0.0]), duration_s=0.04)
+    assert (make_encoder().frames(single, *bounds) == 70).all()
+
+
 def test_encoded_frames_are_decoded_and_resized(make_encoder):
     jpeg = io.BytesIO()
     PIL.Image.new("L", (24, 16), 90).save(jpeg, "JPEG")  # no square, and no colour

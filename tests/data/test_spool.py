@@ -82,7 +82,7 @@ def test_the_file_has_no_name_and_goes_with_its_last_reference(folder):
     assert list(folder.iterdir()) == []
     assert open_files() == before + 2
     del stored
-    sound.close()
+    del sound
     assert open_files() == before
 
 
@@ -108,6 +108,18 @@ def test_a_full_disk_is_said_so(monkeypatch):
             UserError, match=r"cannot be written \(No space left on device\).*TMPDIR"
         ):
             write()
+
+
+def test_the_folder_that_is_full_is_named(folder, monkeypatch):
+    stored = PictureSpool()
+
+    def fails(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", fails)
+    monkeypatch.delenv("TMPDIR", raising=False)  # TEMP, TMP or a default may be in use as well
+    with pytest.raises(UserError, match=f"make room in {folder}, or set TMPDIR"):
+        stored.append(pictures(1)[0])
 
 
 def test_no_folder_for_temporary_files_is_said_so(monkeypatch):

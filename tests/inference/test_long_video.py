@@ -67,31 +67,46 @@ class Recorder:
         return Later()
 
 
+def of_frames(embeddings: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """What `find` is given, of each frame."""
+    return embeddings[places]
+
+
 @pytest.mark.parametrize("count", [1, 3, 4, 5, 40])
 def test_chunks_have_one_size_and_all_frames_are_embedded_in_order(count):
-    recorder, told = Recorder(), []
-    watch = Watch(recorder.embed, 4, told.append)
+    recorder = Recorder()
+    watch = Watch(recorder.embed, 4, of_frames)
     frames = pictures(count)
     for frame in frames:
         watch.see(frame)
-    watch.finish()
+    found = watch.finish()
     assert {chunk.shape for chunk in recorder.chunks} == {(4, 28, 28, 3)}
     assert len(recorder.chunks) == -(-count // 4)
     assert (recorder.chunks[-1][(count - 1) % 4 + 1 :] == 0).all()
-    np.testing.assert_allclose(told[0], frames.mean(axis=(1, 2)), atol=1e-3)
+    np.testing.assert_allclose(found, frames.mean(axis=(1, 2)), atol=1e-3)
     assert recorder.most_waiting <= 3  # the one being made, and two that the device may have
 
 
 def test_a_frame_that_stays_on_screen_is_embedded_once():
-    recorder, told = Recorder(), []
-    watch = Watch(recorder.embed, 4, told.append)
+    recorder = Recorder()
+    watch = Watch(recorder.embed, 4, of_frames)
     first, second = pictures(2)
     for frame in (first, first, first, second, second, first):
         watch.see(frame)
-    watch.finish()
+    found = watch.finish()
     assert len(recorder.chunks) == 1
     a, b = first.mean(axis=(0, 1)), second.mean(axis=(0, 1))
-    np.testing.assert_allclose(told[0], [a, a, a, b, b, a], atol=1e-3)
+    np.testing.assert_allclose(found, [a, a, a, b, b, a], atol=1e-3)
+
+
+def test_frames_that_show_one_picture_are_equally_relevant():
+    finder = query_finder(num_keyframes=2)
+    a, b = pictures(2)
+    found = seen(finder, [a, a, a, b, b])
+    assert found.relevance.shape == (5,)
+    assert len(set(found.relevance[:3])) == len(set(found.relevance[3:])) == 1
+    alone = seen(finder, [a, b])
+    np.testing.assert_allclose(found.relevance[[0, 3]], alone.relevance, atol=1e-6)
 
 
 # ---- What is found ----
@@ -135,8 +150,9 @@ def test_what_is_found_does_not_depend_on_the_number_of_devices():
     np.testing.assert_array_equal(one.index, eight.index)
 
 
-def test_more_keyframes_than_frames_are_all_frames():
-    found = seen(query_finder(num_keyframes=32), pictures(7))
+@pytest.mark.parametrize("num_keyframes", [32, 10**12])  # so many would have no room in memory
+def test_more_keyframes_than_frames_are_all_frames(num_keyframes):
+    found = seen(query_finder(num_keyframes=num_keyframes), pictures(7))
     assert found.index.tolist() == list(range(7))
     assert found.relevance.shape == (7,)
 
@@ -147,7 +163,7 @@ def test_embeddings_that_are_no_numbers_are_refused():
     with pytest.raises(
         UserError, match=r"gives no numbers; its weights .* embedding of frame 2 is"
     ):
-        query_finder().find(embeddings)
+        query_finder().find(embeddings, np.arange(4))
 
 
 def test_several_videos_may_be_watched_at_a_time():
