@@ -81,15 +81,23 @@ def other_run(tmp_path, tiny_config) -> pathlib.Path:
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """A file of tests leaves no compiled programs behind.
+
+    Each takes some of the 65,530 mappings that Linux gives a process; without any left XLA aborts.
+    """
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="module")
 def compile_once(tmp_path_factory):
     """Runs of one program in one file of tests compile it once.
 
-    Programs stay as they are in memory, no longer than for a file: each takes some of the 65,530
-    mappings that Linux gives a process, and XLA aborts when these are gone. jax's cache writes
-    programs down, and what XLA reads back has lost the order of its collectives on CPUs (each gets
-    a `Resource` of its own, where one is to be shared): simulated devices then wait for each other
-    for ever, now and then.
+    Programs stay as they are in memory. jax's cache writes them down, and what XLA reads back has
+    lost the order of its collectives on CPUs (each gets a `Resource` of its own, where one is to
+    be shared): simulated devices then wait for each other for ever, now and then.
     """
     compiled = {}
 

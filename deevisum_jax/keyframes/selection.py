@@ -8,15 +8,17 @@ Letters: `N` frames, `E` width of an embedding, `K` keyframes, `C` candidates of
 
 Chosen are the frames that float64 arithmetic chooses, at the price of float32:
 
-1. One pass in float32 gives every frame's relevance to within a bound on rounding. The largest few
-   are computed again in float64, and those that no other frame can precede are put in order. If
-   the walk needs more than these, a pass in float64 and one sort give the order of all.
-2. Candidates are resolved in blocks: a product with the kept frames, then one product more with
-   each frame that is kept. A similarity that is within the bound on rounding of tau is computed
-   again in float64, when the candidate's turn comes.
+1. One pass in float32 gives every frame's relevance to within a bound on rounding. The walk goes
+   along the largest few: blocks of them are computed again in float64, and those that no other
+   frame can precede are resolved in order.
+2. If that is not enough, the walk is guessed: it goes on along the best frame of each part of the
+   video. One product of all frames with those it keeps shows how far no other frame could have
+   interfered, and so far the guess holds.
+3. If that is not enough, a pass in float64 and one sort give the order of all that are left.
 
-Of a float64 number that outlives a function the float32 parts are kept, the number rounded and what
-remains: 48 bits, and nothing around has to know that type.
+A block is resolved by a product with the kept frames, then one more with each frame that is kept.
+A similarity that is within the bound on rounding of tau is computed again in float64, when the
+candidate's turn comes.
 """
 
 from __future__ import annotations
@@ -35,19 +37,12 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from deevisum_jax.errors import UserError, closest
+from deevisum_jax.keyframes import cosines, filling
 from deevisum_jax.typing import Array
 
 REJECTS = (">", ">=")
 
-# Relevance is rounded to this. What is equal on paper (two scenes as far from the mean of both) and
-# unequal by how float64 rounds is equal then, and the earlier frame comes first.
-_GRID = 2.0**-40
-_CHUNK_BYTES = 2**22  # of float32, that a pass holds at a time
-_UNIT_ROUNDOFF = 2.0**-24
-# Squared lengths whose square root and products float32 holds without loss.
-_SAFE = (1e-30, 1e30)
-_LONG = 8  # times a block that of the long walk, in which few candidates are kept
-_FAN = 64  # values tried at a time by the search in `_spread`
+_LONG = 16  # times a block that of the long walk, in which few candidates are kept
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,7 +95,7 @@ def check_embeddings(embeddings: Array) -> None:
         message names the first frame that has one).
     """
     _check_shapes(embeddings, None, None)
-    rows = max(1, _CHUNK_BYTES // (4 * embeddings.shape[1]))
+    rows = max(1, cosines.CHUNK_BYTES // (4 * embeddings.shape[1]))
     for start in range(0, len(embeddings), rows):
         part = np.asarray(embeddings[start : start + rows]).astype(np.float32)
         finite = np.isfinite(part).all(-1)
@@ -130,7 +125,9 @@ def relevance(
     """
     _check_shapes(embeddings, query, valid)
     valid = _all_valid(embeddings, valid)
-    found = _exact_pass(embeddings, _query(embeddings, query, valid), valid, None)
+    found = cosines.exact_pass(
+        embeddings, cosines.query_or_mean(embeddings, query, valid), valid, None
+    )
     return found.high
 
 
@@ -141,7 +138,7 @@ def select(
     valid: Array | None = None,
     *,
     config: SelectionConfig,
-    block_size: int = 128,
+    block_size: int = 64,
 ) -> Keyframes:
     """The keyframes of a video; may be jitted, and mapped over videos with `vmap`.
 
@@ -164,43 +161,49 @@ def select(
     _check_shapes(embeddings, query, valid)
     num_frames = len(embeddings)
     valid = _all_valid(embeddings, valid)
-    query = _query(embeddings, query, valid)
-    start = _Kept.none(config.num_keyframes, embeddings.shape[1])
+    query = cosines.query_or_mean(embeddings, query, valid)
+    fast = cosines.fast_pass(embeddings, query, valid)
+    is_safe = fast.relevance.max() < jnp.inf
+    order_of = functools.partial(_order_of, embeddings, query, valid, config)
 
-    def walk(order: _Order, position: jax.Array, kept: _Kept, size: int) -> _Kept:
-        next_block = _slices(embeddings, order, size)
-        return _walk(next_block, position, position < order.count, kept, config)
-
-    # First the few that are most relevant, if a pass in float32 can tell which these are.
-    window = min(num_frames, max(4 * block_size, 16 * config.num_keyframes))
-    fast = _fast_pass(embeddings, query, valid)
-    # Seen through, slices of the result would make the compiler sort all frames instead.
-    values, places = jax.lax.optimization_barrier(jax.lax.top_k(fast, min(window + 1, num_frames)))
-    some = _exact(embeddings[places[:window]], query, valid[places[:window]], config.floor)
-    is_safe = values[0] < jnp.inf
-    rest = values[window] if window < num_frames else jnp.float32(-jnp.inf)
-    bound = rest + jnp.float32(_fast_error(embeddings.shape[1]))
-    is_first = some.is_eligible & (some.high > bound) & is_safe
-    first = _sort(some.high, some.low, places[:window], is_first)
-    kept = walk(first, jnp.int32(0), start, block_size)
-    least = -math.inf if config.floor is None else config.floor
-    is_done = is_safe & (
-        (kept.count == config.num_keyframes) | (rest == -jnp.inf) | (bound < least)
-    )
-
-    def go_on(kept: _Kept) -> tuple[_Kept, jax.Array]:
-        found = _exact_pass(embeddings, query, valid, config.floor)
-        order = _sort(
-            found.high, found.low, jnp.arange(num_frames, dtype=jnp.int32), found.is_eligible
+    def is_done(state: _State) -> jax.Array:
+        least = -math.inf if config.floor is None else config.floor
+        return (
+            (state.kept.count == config.num_keyframes)
+            | (state.limit == -jnp.inf)
+            | (state.limit < least)
         )
-        # What has been walked so far is the front of this order.
-        return walk(order, first.count, kept, _LONG * block_size), found.is_finite
 
-    kept, usable = jax.lax.cond(is_done, lambda kept: (kept, valid), go_on, kept)
+    def go_on(state: _State) -> tuple[_Kept, jax.Array]:
+        def guess(
+            state: tuple[_State, jax.Array, jax.Array],
+        ) -> tuple[_State, jax.Array, jax.Array]:
+            before, struck, _ = state
+            after, struck = _guess(embeddings, fast, struck, order_of, before, config, block_size)
+            return after, struck, ~is_done(after) & (after.kept.count > before.kept.count)
+
+        state, struck, _ = jax.lax.while_loop(
+            lambda state: state[2], guess, (state, jnp.zeros_like(valid), is_safe)
+        )
+
+        def by_order_of_all(kept: _Kept) -> tuple[_Kept, jax.Array]:
+            found = cosines.exact_pass(embeddings, query, valid, config.floor)
+            is_left = found.is_eligible & (found.high <= state.limit) & ~struck
+            order = _sort(found.high, found.low, jnp.arange(num_frames, dtype=jnp.int32), is_left)
+            next_block = _slices(embeddings, order, _LONG * block_size)
+            _, kept = _walk(next_block, jnp.int32(0), order.count > 0, kept, config)
+            return kept, found.is_finite
+
+        return jax.lax.cond(is_done(state), lambda kept: (kept, valid), by_order_of_all, state.kept)
+
+    start = _Kept.none(config.num_keyframes, embeddings.shape[1])
+    state = _State(start, jnp.float32(jnp.inf))
+    state = _walk_first(embeddings, fast, order_of, state, config, block_size)
+    kept, usable = jax.lax.cond(is_done(state), lambda state: (state.kept, valid), go_on, state)
 
     def relevance_of(index: jax.Array) -> jax.Array:
         rows = embeddings[jnp.minimum(index, num_frames - 1)]
-        return _exact(rows, query, index < num_frames, None).high
+        return cosines.exact(rows, query, index < num_frames, None).high
 
     return _finish(kept, usable, relevance_of, config)
 
@@ -250,8 +253,8 @@ def select_sharded(
     def on_device(embeddings: jax.Array, query: jax.Array | None, valid: jax.Array) -> Any:
         local = len(embeddings)
         first = jax.lax.axis_index(axes).astype(jnp.int32) * local
-        query = _query(embeddings, query, valid, axes)
-        found = _exact_pass(embeddings, query, valid, config.floor)
+        query = cosines.query_or_mean(embeddings, query, valid, axes)
+        found = cosines.exact_pass(embeddings, query, valid, config.floor)
         places = first + jnp.arange(local, dtype=jnp.int32)
         order = _sort(found.high, found.low, places, found.is_eligible)
 
@@ -273,7 +276,7 @@ def select_sharded(
 
         start = _Kept.none(config.num_keyframes, embeddings.shape[1])
         position = jnp.int32(0)
-        kept = _walk(next_block, position, left(position), start, config)
+        _, kept = _walk(next_block, position, left(position), start, config)
         return kept, found.is_finite, found.high
 
     split = P(axes)
@@ -316,167 +319,6 @@ def _all_valid(embeddings: jax.Array, valid: jax.Array | None) -> jax.Array:
     return jnp.ones(len(embeddings), bool) if valid is None else jnp.asarray(valid, bool)
 
 
-# Relevance.
-
-
-class _Double(NamedTuple):
-    """float64 numbers: rounded to float32, and the rest."""
-
-    high: jax.Array
-    low: jax.Array
-
-    @classmethod
-    def of(cls, x: jax.Array) -> _Double:
-        high = x.astype(jnp.float32)
-        return cls(high, (x - high.astype(jnp.float64)).astype(jnp.float32))
-
-    def value(self) -> jax.Array:
-        return self.high.astype(jnp.float64) + self.low.astype(jnp.float64)
-
-
-class _Exact(NamedTuple):
-    """Relevance of rows, by float64 arithmetic."""
-
-    high: jax.Array  # float32[C], 0 where it is not finite or the row not valid
-    low: jax.Array  # float32[C]
-    is_finite: jax.Array  # bool[C], valid and finite
-    is_eligible: jax.Array  # bool[C], and not under the floor
-
-
-def _row_sums(x: jax.Array) -> jax.Array:
-    """Sums over the last dimension.
-
-    No matrix product: a library sums the rows at the edge of its tiles in another order, and equal
-    frames would not be equally relevant.
-    """
-    return x.sum(-1)
-
-
-def _cosine(dot: jax.Array, square: jax.Array, other: jax.Array) -> jax.Array:
-    """Of a product and two squared lengths; 0 where one of these is."""
-    # The root of a number's square is that number: a row's cosine to itself is 1.
-    root = jnp.sqrt(square * other)
-    return jnp.where(root == 0, 0, dot / jnp.where(root == 0, 1, root))
-
-
-def _exact(rows: jax.Array, query: _Double, valid: jax.Array, floor: float | None) -> _Exact:
-    """Of rows float[C, E], all at once."""
-    with jax.enable_x64(True):
-        rows, q = rows.astype(jnp.float32).astype(jnp.float64), query.value()
-        squares = _row_sums(rows * rows)
-        found = _cosine(_row_sums(rows * q), squares, _row_sums(q * q))
-        is_finite = valid & jnp.isfinite(squares) & jnp.isfinite(found)
-        found = jnp.where(is_finite, found, 0)
-        is_eligible = is_finite if floor is None else is_finite & (found >= floor)
-        found = jnp.round(found / _GRID) * _GRID
-        return _Exact(*_Double.of(found), is_finite, is_eligible)
-
-
-def _exact_pass(
-    embeddings: jax.Array, query: _Double, valid: jax.Array, floor: float | None
-) -> _Exact:
-    """Of all frames, in chunks."""
-
-    def of(rows: jax.Array, valid: jax.Array, _: jax.Array) -> _Exact:
-        return _exact(rows, query, valid, floor)
-
-    return _by_chunks(of, embeddings, valid)
-
-
-def _fast_pass(embeddings: jax.Array, query: _Double, valid: jax.Array) -> jax.Array:
-    """Relevance in float32, float32[N], off by no more than `_fast_error`.
-
-    -inf for frames that are not valid, inf for those whose squares leave the range of float32.
-    """
-    with jax.enable_x64(True):
-        q = query.value()
-        square = _row_sums(q * q)
-        has_length = (square > 0) & jnp.isfinite(square)
-        unit = jnp.where(has_length, q / jnp.sqrt(square), jnp.nan).astype(jnp.float32)
-
-    def of(rows: jax.Array, valid: jax.Array, _: jax.Array) -> jax.Array:
-        rows = rows.astype(jnp.float32)
-        # Products: any order of summing will do here.
-        dot = jnp.dot(rows, unit, precision=jax.lax.Precision.HIGHEST)
-        square = jnp.einsum("NE,NE->N", rows, rows, precision=jax.lax.Precision.HIGHEST)
-        is_safe = (square > _SAFE[0]) & (square < _SAFE[1]) & jnp.isfinite(dot)
-        return jnp.where(valid, jnp.where(is_safe, dot * jax.lax.rsqrt(square), jnp.inf), -jnp.inf)
-
-    # In float32 nothing is converted, and the compiler keeps no copy of the features.
-    at_once = embeddings.dtype == jnp.float32
-    return of(embeddings, valid, None) if at_once else _by_chunks(of, embeddings, valid)
-
-
-def _fast_error(width: int) -> float:
-    """Bound on the error of `_fast_pass`: of sums in any order, and a few operations more."""
-    return (2 * width + 32) * _UNIT_ROUNDOFF
-
-
-def _query(
-    embeddings: jax.Array, query: jax.Array | None, valid: jax.Array, axes: Sequence[str] = ()
-) -> _Double:
-    """The query, float[E]; if there is none, the sum of the unit embeddings, over `axes`."""
-    if query is not None:
-        query = jnp.asarray(query, jnp.float32)
-        return _Double(query, jnp.zeros_like(query))
-
-    def of(rows: jax.Array, valid: jax.Array, is_new: jax.Array) -> _Double:
-        with jax.enable_x64(True):
-            rows = rows.astype(jnp.float32).astype(jnp.float64)
-            square = _row_sums(rows * rows)
-            is_in = valid & is_new & (square > 0) & jnp.isfinite(square)
-            unit = rows / jnp.sqrt(jnp.where(is_in, square, 1))[:, None]
-            return _Double.of(jnp.where(is_in[:, None], unit, 0).sum(0))
-
-    parts = _by_chunks(of, embeddings, valid, is_sum=True)
-    if axes:
-        parts = jax.tree.map(lambda x: jax.lax.all_gather(x, axes, tiled=True), parts)
-    with jax.enable_x64(True):
-        return _Double.of(parts.value().sum(0))
-
-
-def _by_chunks(
-    fn: Callable[[jax.Array, jax.Array, jax.Array], Any],
-    embeddings: jax.Array,
-    valid: jax.Array,
-    *,
-    is_sum: bool = False,
-) -> Any:
-    """`fn(rows, valid, is_new)` of chunks of frames, so that no copy of all is ever made.
-
-    The last chunk reaches back into the one before, to be as long; its rows that have been there
-    are not new.
-
-    Returns:
-      What `fn` gives of each row, of all rows; with `is_sum`, what it gives of each chunk.
-    """
-    num_frames, width = embeddings.shape
-    rows = min(num_frames, max(1, _CHUNK_BYTES // (4 * width)))
-    chunks = -(-num_frames // rows)
-
-    def of(chunk: jax.Array) -> tuple[jax.Array, Any]:
-        start = jnp.minimum(chunk * rows, num_frames - rows)
-        part = jax.lax.dynamic_slice_in_dim(embeddings, start, rows)
-        is_new = start + jnp.arange(rows) >= chunk * rows
-        return start, fn(part, jax.lax.dynamic_slice_in_dim(valid, start, rows), is_new)
-
-    def write(chunk: jax.Array, out: Any) -> Any:
-        start, found = of(chunk)
-
-        def put(out: jax.Array, x: jax.Array) -> jax.Array:
-            if is_sum:
-                return out.at[chunk].set(x)
-            return jax.lax.dynamic_update_slice_in_dim(out, x, start, 0)
-
-        return jax.tree.map(put, out, found)
-
-    def empty(x: jax.ShapeDtypeStruct) -> jax.Array:
-        return jnp.zeros((chunks, *x.shape) if is_sum else (num_frames, *x.shape[1:]), x.dtype)
-
-    shapes = jax.eval_shape(of, jax.ShapeDtypeStruct((), jnp.int32))[1]
-    return jax.lax.fori_loop(0, chunks, write, jax.tree.map(empty, shapes))
-
-
 # The walk.
 
 
@@ -500,6 +342,21 @@ def _sort(high: jax.Array, low: jax.Array, index: jax.Array, is_eligible: jax.Ar
     keys = (jnp.where(is_eligible, -high, jnp.inf), -low, index.astype(jnp.int32))
     high, low, index = jax.lax.sort(keys, num_keys=3)
     return _Order(index, -high, -low, jnp.sum(is_eligible, dtype=jnp.int32))
+
+
+def _order_of(
+    embeddings: jax.Array,
+    query: cosines.Double,
+    valid: jax.Array,
+    config: SelectionConfig,
+    places: jax.Array,
+    is_in: Callable[[jax.Array], jax.Array],
+) -> _Order:
+    """Of few frames, int32[C], those whose relevance, float32[C], is in."""
+    # Gathered within the loops that compute in float64, rows would be read number by number.
+    rows = jax.lax.optimization_barrier(embeddings[places])
+    found = cosines.exact(rows, query, valid[places], config.floor)
+    return _sort(found.high, found.low, places, found.is_eligible & is_in(found.high))
 
 
 class _Block(NamedTuple):
@@ -538,6 +395,13 @@ class _Kept(NamedTuple):
         )
 
 
+class _State(NamedTuple):
+    """How far the walk has come."""
+
+    kept: _Kept
+    limit: jax.Array  # float32; what is more relevant has had its turn, all else has not
+
+
 def _slices(
     embeddings: jax.Array, order: _Order, size: int
 ) -> Callable[[jax.Array], tuple[jax.Array, jax.Array, _Block]]:
@@ -559,7 +423,7 @@ def _walk(
     is_more: jax.Array,
     kept: _Kept,
     config: SelectionConfig,
-) -> _Kept:
+) -> tuple[Any, _Kept]:
     """Keeps candidates that repeat none of the kept ones, until K are kept or no more come.
 
     Args:
@@ -568,6 +432,9 @@ def _walk(
       is_more: whether there is a block.
       kept: so far.
       config: the rule.
+
+    Returns:
+      The cursor, and what is kept.
     """
 
     def is_on(state: tuple[Any, jax.Array, _Kept]) -> jax.Array:
@@ -579,17 +446,109 @@ def _walk(
         cursor, is_more, block = next_block(cursor)
         return cursor, is_more, _resolve(block, kept, config)
 
-    return jax.lax.while_loop(is_on, resolve, (cursor, is_more, kept))[2]
+    cursor, _, kept = jax.lax.while_loop(is_on, resolve, (cursor, is_more, kept))
+    return cursor, kept
+
+
+def _walk_first(
+    embeddings: jax.Array,
+    fast: cosines.Fast,
+    order_of: Callable[..., _Order],
+    state: _State,
+    config: SelectionConfig,
+    size: int,
+) -> _State:
+    """Along the most relevant frames, as long as float32 can tell which are next."""
+    num_frames, error = len(embeddings), jnp.float32(cosines.fast_error(embeddings.shape[1]))
+    window = size * -(-max(8 * size, 16 * config.num_keyframes) // size)
+    values, places = jax.lax.top_k(fast.relevance, min(window + 1, num_frames))
+    filling = (0, window + 1 - len(values))
+    values = jnp.pad(values, filling, constant_values=-jnp.inf)
+    # Seen through, slices of the result would make the compiler sort all frames instead.
+    values, places = jax.lax.optimization_barrier((values, jnp.pad(places, filling)))
+
+    def next_block(
+        cursor: tuple[jax.Array, jax.Array],
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array, _Block]:
+        position, limit = cursor
+        few = jax.lax.dynamic_slice_in_dim(values, position, size)
+        # No frame behind these has more than that, and each that has is among those so far.
+        bound = values[position + size] + error
+        order = order_of(
+            jax.lax.dynamic_slice_in_dim(places, position, size),
+            lambda high: (high > bound) & (high <= limit) & (few > -jnp.inf),
+        )
+        *_, block = _slices(embeddings, order, size)(jnp.int32(0))
+        step = jnp.sum(few > bound + error, dtype=jnp.int32)
+        position += step
+        is_more = (step > 0) & (position + size <= window) & (bound > -jnp.inf)
+        return (position, bound), is_more, block
+
+    is_safe = fast.relevance.max() < jnp.inf
+    (_, limit), kept = _walk(next_block, (jnp.int32(0), state.limit), is_safe, state.kept, config)
+    return _State(kept, limit)
+
+
+def _guess(
+    embeddings: jax.Array,
+    fast: cosines.Fast,
+    struck: jax.Array,
+    order_of: Callable[..., _Order],
+    state: _State,
+    config: SelectionConfig,
+    size: int,
+) -> tuple[_State, jax.Array]:
+    """Goes on along the best frame of each part of the video, as far as that proves right.
+
+    A frame is proved not to interfere if it surely repeats one that was kept and surely precedes
+    it. The walk is right down to the most relevant frame of which that is not so.
+
+    Returns:
+      How far the walk has come now, and bool[N], 1 = surely repeats what is kept.
+    """
+    num_frames, error = len(embeddings), jnp.float32(cosines.fast_error(embeddings.shape[1]))
+    is_left = (fast.relevance <= state.limit + error) & ~struck
+    left = jnp.where(is_left, fast.relevance, -jnp.inf)
+    parts = min(2 * size, num_frames)
+    length = -(-num_frames // parts)
+    filled = jnp.pad(left, (0, parts * length - num_frames), constant_values=-jnp.inf)
+    filled = filled.reshape(parts, length)
+    is_there = filled.max(-1) > -jnp.inf
+    places = jnp.argmax(filled, -1) + length * jnp.arange(parts)
+    places = jnp.where(is_there, places, 0).astype(jnp.int32)
+    order = order_of(places, lambda high: (high <= state.limit) & is_there)
+    next_block = _slices(embeddings, order, parts)
+    _, guess = _walk(next_block, jnp.int32(0), order.count > 0, state.kept, config)
+
+    slots = jnp.arange(config.num_keyframes, dtype=jnp.int32)
+    # What is less relevant than this comes behind the kept frame.
+    reach = jnp.where(slots < state.kept.count, jnp.inf, guess.relevance - error)
+    reach = jnp.where(slots < guess.count, reach, -jnp.inf)
+    sure = jnp.float32(config.tau) + error
+
+    def first_repeated(rows: jax.Array, fast: cosines.Fast) -> jax.Array:
+        dots = jnp.dot(rows, guess.units.T, precision=jax.lax.Precision.HIGHEST)
+        repeats = (dots * fast.inverse[:, None] > sure) & (fast.relevance[:, None] < reach)
+        return jnp.where(repeats, slots, config.num_keyframes).min(-1)
+
+    first = cosines.in_float32(first_repeated, embeddings, fast)
+    interferes = first == config.num_keyframes
+    interferes = interferes.at[jnp.where(is_there, places, num_frames)].set(False, mode="drop")
+    limit = jnp.where(interferes, left, -jnp.inf).max() + error
+    limit = jnp.minimum(limit, state.limit)
+    is_right = (slots < state.kept.count) | (guess.relevance > limit)
+    count = jnp.sum((slots < guess.count) & is_right, dtype=jnp.int32)
+    return _State(guess._replace(count=count), limit), first < count
 
 
 def _resolve(block: _Block, kept: _Kept, config: SelectionConfig) -> _Kept:
     """One block, in as many steps as candidates are kept."""
     # Of the product of two unit vectors that were rounded to float32.
-    error = (block.rows.shape[1] + 16) * _UNIT_ROUNDOFF
+    error = (block.rows.shape[1] + 16) * cosines.UNIT_ROUNDOFF
     sure, unsure = jnp.float32(config.tau + error), jnp.float32(config.tau - error)
     with jax.enable_x64(True):
         rows = block.rows.astype(jnp.float64)
-        squares = _row_sums(rows * rows)
+        squares = cosines.row_sums(rows * rows)
         lengths = jnp.sqrt(jnp.where(squares > 0, squares, 1))
         units = (rows / lengths[:, None]).astype(jnp.float32)
 
@@ -627,7 +586,9 @@ def _repeats(row: jax.Array, kept: _Kept, config: SelectionConfig) -> jax.Array:
     """Whether a frame repeats a kept one, by float64 arithmetic; bool."""
     with jax.enable_x64(True):
         row, rows = row.astype(jnp.float64), kept.rows.astype(jnp.float64)
-        found = _cosine(_row_sums(rows * row), _row_sums(rows * rows), _row_sums(row * row))
+        found = cosines.cosine(
+            cosines.row_sums(rows * row), cosines.row_sums(rows * rows), cosines.row_sums(row * row)
+        )
         passes = found > config.tau if config.reject == ">" else found >= config.tau
         return (passes & (jnp.arange(config.num_keyframes) < kept.count)).any()
 
@@ -657,13 +618,13 @@ def _finish(
     def filled() -> tuple[jax.Array, jax.Array, jax.Array]:
         # Frames are numbered as if there were no others than the usable ones.
         def among_all() -> jax.Array:
-            return _fill(index, kept.count, jnp.int32(num_frames), num_frames)
+            return filling.fill(index, kept.count, jnp.int32(num_frames), num_frames)
 
         def among_some() -> jax.Array:
             number = jnp.cumsum(usable, dtype=jnp.int32)
             ranks = number[jnp.minimum(index, num_frames - 1)] - 1
             ranks = jnp.where(is_kept, ranks, num_frames)
-            ranks = _fill(ranks, kept.count, number[-1], num_frames)
+            ranks = filling.fill(ranks, kept.count, number[-1], num_frames)
             return jnp.searchsorted(number, ranks + 1).astype(jnp.int32)
 
         chosen = jax.lax.cond(usable.all(), among_all, among_some)
@@ -682,71 +643,3 @@ def _finish(
         is_filled=is_filled,
         relevance=relevances,
     )
-
-
-def _fill(kept: jax.Array, count: jax.Array, total: jax.Array, most: int) -> jax.Array:
-    """The released `distribute_frames`: unused budget spread over the gaps between kept frames.
-
-    Every gap gets a frame at each D-th place or sooner, for the least D that the budget allows;
-    what is left goes to the last frames that were not chosen. Of 40 frames, 8 to be chosen and 10
-    and 25 kept, D is 5: 5 | 16, 21 | 31, 36, and 39 is left.
-
-    Args:
-      kept: int32[K], `most` where unused, in any order.
-      count: how many are used.
-      total: of how many frames.
-      most: these at most, a number that no frame has.
-
-    Returns:
-      int32[K], `most` where unused, in any order; the kept ones first.
-    """
-    slots = len(kept)
-    slot = jnp.arange(slots, dtype=jnp.int32)
-    kept = jnp.sort(kept)
-    # Gap number g is in front of kept frame g; behind the last there is one, and all others are
-    # empty, for they begin and end with the video.
-    begin = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.minimum(kept + 1, total)])
-    end = jnp.concatenate([jnp.minimum(kept, total), total[None]])
-    length = end - begin
-    budget = slots - count
-
-    every = _spread(length, budget, most)
-    extra = _extra(length, every)  # int32[K + 1]
-    until = jnp.cumsum(extra, dtype=jnp.int32)
-    # No step passes the end of its gap: extra * step <= extra * every < length.
-    step = -(-length // (extra + 1))
-    # Slots behind the kept ones, in the order of gaps.
-    number = slot - count
-    gap = jnp.minimum(jnp.searchsorted(until, number, side="right"), slots)
-    place = begin[gap] + step[gap] * (number - (until - extra)[gap] + 1)
-    chosen = jnp.where((number >= 0) & (number < until[-1]), place, kept)
-    chosen = jnp.where(slot < count, kept, chosen)
-
-    # The rest, from the end of the video backwards; it lies within the last K frames.
-    used = count + until[-1]
-    last = total - 1 - slot
-    is_free = (last >= 0) & ~(last[:, None] == chosen).any(1)
-    order = jnp.cumsum(is_free, dtype=jnp.int32) - 1
-    target = jnp.where(is_free, used + order, slots)
-    return chosen.at[target].set(last, mode="drop")
-
-
-def _extra(length: jax.Array, every: jax.Array) -> jax.Array:
-    """Frames that a gap gets."""
-    return jnp.where(length > 0, -(-length // every) - 1, 0)
-
-
-def _spread(length: jax.Array, budget: jax.Array, most: int) -> jax.Array:
-    """The least D from 1 on for which the gaps get no more than the budget, int32."""
-    low, high = jnp.int32(1), jnp.int32(most)
-    tries = jnp.arange(1, _FAN + 1, dtype=jnp.int32)
-    left = most
-    while left > 1:
-        # The last try is never refused: it is at or behind `high`.
-        every = jnp.minimum(low - 1 + tries * (-(-left // _FAN)), high)
-        fits = _extra(length, every[:, None]).sum(-1) <= budget
-        first = jnp.argmax(fits)
-        low = jnp.where(first > 0, every[jnp.maximum(first - 1, 0)] + 1, low)
-        high = every[first]
-        left = -(-left // _FAN)
-    return high

@@ -17,12 +17,14 @@ def cosines(embeddings: np.ndarray, query: np.ndarray | None) -> tuple[np.ndarra
     """
     embeddings = embeddings.astype(np.float64)
     units = embeddings / _lengths(embeddings)[:, None]
-    if query is None:
-        query = units.sum(0)  # as long as one likes: of the mean only the direction counts
-    query = query.astype(np.float64)
+    has_query = query is not None
+    # No query is not in the paper. Of the mean only the direction counts.
+    query = query.astype(np.float64) if has_query else units.sum(0)
     relevance = (units * query).sum(1) / _lengths(query[None])[0]
-    # What is equal on paper (two scenes as far from the mean of both) is so here.
-    return np.round(relevance * 2.0**40) / 2.0**40, units @ units.T
+    if not has_query:
+        # What is equal on paper (two scenes as far from the mean of both) is so here.
+        relevance = np.round(relevance * 2.0**40) / 2.0**40
+    return relevance, units @ units.T
 
 
 def _lengths(rows: np.ndarray) -> np.ndarray:

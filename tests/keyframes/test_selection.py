@@ -1,6 +1,8 @@
 """Differential keyframe selection: by hand, and against the published rule in float64."""
 
 import dataclasses
+import functools
+import itertools
 import math
 
 import jax
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 from deevisum_jax.errors import UserError
-from deevisum_jax.keyframes import selection
+from deevisum_jax.keyframes import cosines, filling, selection
 from deevisum_jax.keyframes.selection import SelectionConfig, select
 from tests.keyframes import published
 
@@ -85,7 +87,7 @@ def test_unused_budget_is_spread_as_published():
     ):
         assert published.distribute_frames(kept, num_frames, num_keyframes) == want
         slots = kept + [num_frames] * (num_keyframes - len(kept))
-        found = selection._fill(
+        found = filling.fill(
             jnp.asarray(slots, jnp.int32), jnp.int32(len(kept)), jnp.int32(num_frames), num_frames
         )
         assert sorted(found.tolist()) == want + [num_frames] * (num_keyframes - len(want))
@@ -218,6 +220,44 @@ def test_order_is_exact_where_float32_cannot_tell():
     for order in (np.arange(40), np.arange(40)[::-1], np.random.default_rng(0).permutation(40)):
         config = SelectionConfig(num_keyframes=4, fill=False)
         assert chosen(select(frames[order], query, config=config)) == [int(np.argmin(order))]
+
+
+def test_a_guess_holds_as_far_as_it_says():
+    """A scene has more frames than are walked at first, and scenes are fewer than keyframes."""
+    rule = {"num_keyframes": 12, "tau": 0.8, "reject": ">", "floor": None}
+    config = SelectionConfig(**rule, fill=False)
+    rng = np.random.default_rng(5)
+    outcomes = set()
+    long = np.arange(2000) // 250
+    for noise, block_size in itertools.product((0.1, 0.4, 0.6), (4, 64)):
+        for scene in (long, rng.permutation(long)):
+            scenes = rng.standard_normal((8, 64))[scene]
+            frames = (scenes + noise * rng.standard_normal((2000, 64))).astype(np.float32)
+            query, valid = rng.standard_normal(64).astype(np.float32), jnp.ones(2000, bool)
+            relevance, similarity = published.cosines(frames, query)
+            walk = published.walk(relevance, similarity, **rule)
+
+            rows, asked = jnp.asarray(frames), cosines.query_or_mean(frames, query, valid)
+            fast = cosines.fast_pass(rows, asked, valid)
+            order_of = functools.partial(selection._order_of, rows, asked, valid, config)
+            state = selection._State(selection._Kept.none(12, 64), jnp.float32(jnp.inf))
+            state = selection._walk_first(rows, fast, order_of, state, config, block_size)
+            assert state.limit > -1  # not all frames had their turn
+            counts, struck = [int(state.kept.count)], jnp.zeros(2000, bool)
+            for _ in range(3):
+                state, struck = selection._guess(
+                    rows, fast, struck, order_of, state, config, block_size
+                )
+                counts.append(int(state.kept.count))
+                kept = state.kept.index[: counts[-1]].tolist()
+                assert kept == walk[: counts[-1]]
+                assert (relevance[walk[counts[-1] :]] <= state.limit).all()
+                assert (similarity[:, kept].max(1) > 0.8)[np.asarray(struck)].all()
+            assert counts == sorted(counts)
+            outcomes.add("all" if state.limit == -jnp.inf else "some" * (counts[-1] > counts[0]))
+            found = select(frames, query, config=config, block_size=block_size)
+            assert chosen(found) == sorted(walk)
+    assert outcomes >= {"all", "some"}
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 200])
