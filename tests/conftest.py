@@ -81,21 +81,9 @@ def other_run(tmp_path, tiny_config) -> pathlib.Path:
     return folder
 
 
-@pytest.fixture(scope="module", autouse=True)
-def few_mappings():
-    """Forgets compiled programs once a file of tests leaves many behind.
-
-    Each takes some of the 65,530 mappings that Linux gives a process; without any left XLA aborts.
-    """
-    yield
-    mappings = pathlib.Path("/proc/self/maps")
-    if mappings.exists() and mappings.read_bytes().count(b"\n") > 20_000:
-        jax.clear_caches()
-
-
-@pytest.fixture(scope="module")
-def compile_once(tmp_path_factory):
-    """Runs of one program in one file of tests compile it once.
+@pytest.fixture(scope="session", autouse=True)
+def programs(tmp_path_factory):
+    """What was compiled; a program is compiled once, however many functions it is traced from.
 
     Programs stay as they are in memory. jax's cache writes them down, and what XLA reads back has
     lost the order of its collectives on CPUs (each gets a `Resource` of its own, where one is to
@@ -118,6 +106,19 @@ def compile_once(tmp_path_factory):
         jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         compilation_cache.reset_cache()
-        yield
+        yield compiled
     jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_mappings(programs):
+    """Forgets programs once a file of tests leaves many behind.
+
+    Each takes some of the 65,530 mappings that Linux gives a process; without any left XLA aborts.
+    """
+    yield
+    mappings = pathlib.Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > 20_000:
+        programs.clear()
+        jax.clear_caches()

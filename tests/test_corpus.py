@@ -34,8 +34,6 @@ from scripts import benchmark_corpus
 from tests import processes, untrained
 from tests.media import write_video
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
 FPS = 6
 PARTS = ("keyframes", "report.html", "summary.json", "summary.mp4")
 OURS = {"corpus.json", "index.html", "index.json", "failures.csv"}

@@ -328,7 +328,7 @@ def test_mistakes_are_found_before_anything_is_built(
     assert gcs.written == []
 
 
-def test_a_run_with_everything_in_a_bucket(uploaded, on_host, compile_once):
+def test_a_run_with_everything_in_a_bucket(uploaded, on_host):
     fields = (
         f"data.data_dir={uploaded}", "total_steps=2", "optim.warmup_steps=1", "eval.every_steps=2",
         "eval.ablate_inputs=False", *TINY_MESH,

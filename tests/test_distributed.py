@@ -301,7 +301,7 @@ def four(train) -> pathlib.Path:
 
 
 @pytest.fixture
-def here(data_dir, compile_once, monkeypatch):
+def here(data_dir, monkeypatch):
     """Runs the program in this process alone, on its first few devices."""
 
     def run(workdir: pathlib.Path, num_devices: int, *overrides: str) -> None:

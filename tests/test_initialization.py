@@ -460,7 +460,7 @@ def test_the_3b_s_config_is_sound():
 
 
 def test_training_starts_from_released_weights_and_keeps_what_export_needs(
-    folder, tokens, trained, data_dir, tmp_path, compile_once
+    folder, tokens, trained, data_dir, tmp_path
 ):
     workdir = tmp_path / "run"
     overrides = (

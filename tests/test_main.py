@@ -52,7 +52,7 @@ def handler_as_before():
 
 
 @pytest.fixture(scope="module")
-def command(data_dir, compile_once):
+def command(data_dir):
     """Runs the program in `workdir`; returns its exit status."""
 
     def run(workdir: pathlib.Path, *flags: str) -> int:

@@ -49,7 +49,7 @@ def config_file(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def command(config_file, data_dir, compile_once):
+def command(config_file, data_dir):
     """Runs the program with overrides and flags; returns its exit status."""
 
     def run(workdir: pathlib.Path, *given: str) -> int:

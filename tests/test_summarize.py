@@ -37,8 +37,6 @@ from deevisum_jax.typing import ExitedScores
 from tests import untrained
 from tests.media import solid_frames, stream_durations, write_video
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
 FPS = 12
 SCENES_S = (1.5, 3.0, 0.75, 2.25, 1.0, 3.5, 1.25, 2.75)  # 16 s
 DURATION_S = sum(SCENES_S)

@@ -26,8 +26,6 @@ from deevisum_jax.typing import ExitedScores
 from tests import siglip_folder
 from tests.media import write_video
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
 FPS, SCENES = 8, 8  # of 2 s each
 
 

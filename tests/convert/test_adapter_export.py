@@ -40,7 +40,6 @@ TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 # Between the two libraries: peft asks transformers for what it calls something else now.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
-    pytest.mark.usefixtures("compile_once"),
 ]
 
 
