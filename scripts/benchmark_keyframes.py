@@ -9,6 +9,10 @@ float32 result), round after round; the ratio is to the mean of these two. Up to
 N x N walk in numpy is timed too, in the same run: the matrix of all similarities, one product in
 float32, then the published loop. Memory is the peak resident set of a process of its own that
 makes the embeddings and selects once, everything included.
+
+With --topology the selection is compiled for one TPU chip, too, by shape: what it needs in memory,
+and how long the compiler's estimate and the bytes read and written make it, each branch taken and
+loops of which nobody knows the trips run once. Needs the TPU compiler (docs/TPU.md) and no TPU.
 """
 
 from __future__ import annotations
@@ -24,10 +28,14 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from deevisum_jax.errors import UserError, exits_cleanly
 from deevisum_jax.keyframes import selection
 from deevisum_jax.keyframes.selection import SelectionConfig
+from deevisum_jax.planner import chips, environment
+from deevisum_jax.planner.chips import Topology
+from deevisum_jax.planner.hlo import Program
 
 _SCENES = {"scenes of 20": None, "16 scenes": 16}  # how many, None: one per 20 frames
 
@@ -46,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--matrix", type=int, default=10_000, help="most frames of the N x N walk")
+    parser.add_argument("--topology", default="", help="one chip of a known kind: v5e:1x1, v6e:1x1")
     parser.add_argument("--memory_of", default="", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     for name in ("rounds", "width"):
@@ -54,6 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if min(args.num_frames) < 1:
         parser.error(f"--num_frames {min(args.num_frames)}: give 1 or more")
     config = SelectionConfig(num_keyframes=args.num_keyframes)
+    topology = chips.topology(args.topology) if args.topology else None
+    if topology:
+        environment.prepare()
 
     if args.memory_of:
         [num_frames] = args.num_frames
@@ -74,7 +86,39 @@ def main(argv: Sequence[str] | None = None) -> int:
             frames, query = make_video(num_frames, args.width, scenes, args.dtype)
             cells = [f"{num_frames:,}", kind, *timed(frames, query, config, args)]
             print(f"| {' | '.join((*cells, peak_memory(num_frames, kind, args)))} |", flush=True)
+    if topology:
+        print_estimates(topology, config, args)
     return 0
+
+
+def print_estimates(topology: Topology, config: SelectionConfig, args: argparse.Namespace) -> None:
+    """A table of what one chip of a slice takes, a row for each length.
+
+    Raises:
+      UserError: the compiler does not know the slice.
+    """
+    chip = topology.chip
+    where = SingleDeviceSharding(environment.devices(topology)[0])
+    print(f"\none chip of {topology.name}, compiled for by shape\n")
+    titles = ("N", "peak MiB", "of these features", "HBM ms", "compiler's ms", "one pass, HBM ms")
+    print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}", flush=True)
+    for num_frames in args.num_frames:
+        shape = (num_frames, args.width)
+        frames = jax.ShapeDtypeStruct(shape, jnp.dtype(args.dtype), sharding=where)
+        query = jax.ShapeDtypeStruct(shape[1:], jnp.float32, sharding=where)
+        with environment.uncached():
+            compiled = selection.select.lower(frames, query, config=config).compile()
+        program = Program(compiled.as_text())
+        features = frames.size * frames.dtype.itemsize
+        cells = (
+            f"{num_frames:,}",
+            f"{compiled.memory_analysis().peak_memory_in_bytes / 2**20:,.0f}",
+            f"{features / 2**20:,.0f}",
+            f"{1e3 * program.hbm_bytes / chip.hbm_bytes_per_s:.3f}",
+            f"{1e3 * program.cycles / chip.clock_hz:.3f}",
+            f"{1e3 * features / chip.hbm_bytes_per_s:.3f}",
+        )
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def make_video(

@@ -1,5 +1,6 @@
 """The TPU compiler itself, asked for small programs; skipped where libtpu is not installed."""
 
+import argparse
 import dataclasses
 import importlib.util
 import os
@@ -7,9 +8,10 @@ import os
 import jax
 import pytest
 
+from deevisum_jax.keyframes.selection import SelectionConfig
 from deevisum_jax.planner import chips, environment, long_video, plan
 from deevisum_jax.planner.hlo import Program
-from scripts import aot_compile
+from scripts import aot_compile, benchmark_keyframes
 from tests.conftest import TINY_CONFIG
 from tests.planner import small_programs
 from tests.planner.test_made import planned
@@ -157,3 +159,17 @@ def test_a_long_video_is_compiled_for_one_chip():
     assert raw.memory.argument > 10 * 28 * 28 * 3
     # Frames are encoded in three chunks of four, two of them twice, and keyframes once more.
     assert raw.cost.flops > raw.model_flops
+
+
+def test_the_choice_of_keyframes_is_estimated_for_one_chip(capsys):
+    args = argparse.Namespace(num_frames=[4096], width=512, dtype="float32")
+    one = chips.topology("v5e:1x1")
+    benchmark_keyframes.print_estimates(one, SelectionConfig(num_keyframes=8), args)
+    row = capsys.readouterr().out.splitlines()[-1]
+    frames, peak, features, hbm, compilers, one_pass = row.strip("| ").split(" | ")
+    assert (frames, features) == ("4,096", "8")  # 4096 * 512 * 4 bytes
+    # 8 MiB at 819 GB/s; they are read at least once, and the program keeps no copy of them.
+    assert float(one_pass) == pytest.approx(0.010, abs=5e-4)
+    assert float(hbm) > float(one_pass)
+    assert float(compilers) > 0
+    assert 8 <= float(peak) < 16
