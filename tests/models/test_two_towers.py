@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from deevisum_jax import sharding
-from deevisum_jax.config import LoraConfig
+from deevisum_jax.config import LoraConfig, MergeConfig
 from deevisum_jax.errors import UserError
 from deevisum_jax.models import paligemma2
 from deevisum_jax.models.two_towers import (
@@ -208,7 +208,8 @@ def test_every_parameter_matches_exactly_one_row(name):
 
 def test_every_row_is_used_by_one_model_or_the_other():
     adapters = LoraConfig(rank=2, towers=("llm", "img"))
-    paligemma = paligemma2.get_config("tiny", exit_layers=(2, 4), lora=adapters)
+    merge = MergeConfig(num_keyframes=1, projections=True)
+    paligemma = paligemma2.get_config("tiny", exit_layers=(2, 4), lora=adapters, merge=merge)
     paths = [
         jax.tree_util.keystr(path, simple=True, separator="/")
         for params in (paligemma2.abstract_params(paligemma), reference().params)

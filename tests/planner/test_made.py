@@ -57,7 +57,7 @@ def test_the_largest_model_in_4_bits_takes_two_gigabytes_of_each_of_8_chips(mesh
         "paligemma2_28b", lora=LoraConfig(rank=8, base="nf4", tile=64), param_dtype="bfloat16"
     )
     shapes = paligemma2.abstract_params(config)
-    placed = list(plan._placed(shapes, sharding.param_shardings(shapes, mesh)))
+    placed = list(plan.placement(shapes, sharding.param_shardings(shapes, mesh)))
     numbers = 46 * (3 * 32 * 128 * 4608 + 3 * 4608 * 36_864)
     of = lambda end: sum(one.num_bytes for one in placed if one.path.endswith(end))
     assert of("/qvalue") == numbers // 2 // 8  # 1.63e9
