@@ -229,7 +229,7 @@ def test_a_guess_holds_as_far_as_it_says():
     rng = np.random.default_rng(5)
     outcomes = set()
     long = np.arange(2000) // 250
-    for noise, block_size in itertools.product((0.1, 0.4, 0.6), (4, 64)):
+    for noise, block_size in itertools.product((0.1, 0.6), (4, 64)):
         for scene in (long, rng.permutation(long)):
             scenes = rng.standard_normal((8, 64))[scene]
             frames = (scenes + noise * rng.standard_normal((2000, 64))).astype(np.float32)
