@@ -1,5 +1,6 @@
 """The benchmark of the selection: that it runs, and that it times the published walk."""
 
+import argparse
 import dataclasses
 
 import numpy as np
@@ -39,3 +40,13 @@ def test_counts_are_large_enough(capsys, name):
     with pytest.raises(SystemExit):
         benchmark_keyframes.main([f"--{name}", "0"])
     assert f"--{name} 0: give" in capsys.readouterr().err
+
+
+def test_memory_is_that_of_the_process_alone():
+    held = np.ones(2**27, np.float32)  # 512 MiB
+    args = argparse.Namespace(dtype="float32", width=16, num_keyframes=4)
+    peak = benchmark_keyframes.peak_memory(50, "16 scenes", args)
+    assert held.all()
+    own = benchmark_keyframes.own_peak_kib() / 2**10
+    assert own > 512 + 100
+    assert 100 < float(peak.removesuffix(" MiB").replace(",", "")) < own

@@ -296,6 +296,17 @@ def test_half_precision_is_what_it_stands_for():
         assert_same(select(rounded, query, config=config), want)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
+def test_no_copy_of_the_features_is_made(dtype):
+    features = jax.ShapeDtypeStruct((100_000, 512), dtype)
+    query = jax.ShapeDtypeStruct((512,), jnp.float32)
+    compiled = select.lower(features, query, config=SelectionConfig()).compile()
+    taken = compiled.memory_analysis()
+    assert taken.argument_size_in_bytes >= 100_000 * 512 * features.dtype.itemsize
+    # Some numbers of each frame, K of them in float32, and chunks of 4 MiB.
+    assert taken.temp_size_in_bytes < 0.2 * taken.argument_size_in_bytes
+
+
 # Split over devices.
 
 
